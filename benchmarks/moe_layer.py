@@ -73,7 +73,7 @@ def main() -> None:
     pairs, warm_up = (2, 1) if args.quick else (args.pairs, args.warm_up)
     if args.imbalance:
         wide = sizes if args.quick else Sizes(2048, 256, 16, 512)
-        small = sizes if args.quick else Sizes(1024, 256, 64, 128)
+        small = Sizes(64, 32, 32, 16) if args.quick else Sizes(1024, 256, 64, 128)
         with world(sizes, args.threads):
             print_table(
                 (

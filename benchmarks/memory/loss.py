@@ -1,4 +1,4 @@
-"""Memory of the loss beside what it gets and gives: goal <= 0.5 GB, whatever the vocabulary.
+"""Memory of the loss beside what it gets and gives: goal <= 0.5 GB at the default sizes.
 
     python benchmarks/memory/loss.py                    V = 152,000, 8192 tokens, float32 and bfloat16
     python benchmarks/memory/loss.py --hidden-size 512  slower; see "sum of parts" below

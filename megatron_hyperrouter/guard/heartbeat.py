@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 
 FOLDER = "heartbeat"
 SECONDS = 10.0  # between two beats
-_MOST = 1e15  # a larger number in a beat is damage
+_MOST = 1e15  # a larger number is damage, and may not fit into a float
 MOST_FILES = 64  # with more ranks, one file of each node
 
 
@@ -128,7 +128,11 @@ def read_beats(folder: Path, world_size: int | None = None) -> dict[int, Beat]:
     return found
 
 
+def is_number(value: object) -> bool:
+    """Whether a value in a file about a run is a number that the program may have written."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST
+
+
 def _is_sound(beat: Beat) -> bool:
-    numbers = (beat.rank, beat.step, beat.since, beat.time, beat.every)
-    sound = all(isinstance(number, int | float) and abs(number) < _MOST for number in numbers)
+    sound = all(map(is_number, (beat.rank, beat.step, beat.since, beat.time, beat.every)))
     return sound and isinstance(beat.rank, int) and isinstance(beat.phase, str)

@@ -51,7 +51,8 @@ def adopt_ranks(environ: MutableMapping[str, str] | None = None) -> None:
     """
     environ = os.environ if environ is None else environ
     if environ.get("RANK") is None and environ.get("WORLD_SIZE") is None:
-        tasks = _slurm(environ) or _open_mpi(environ) or _other(environ)
+        # Inside a Slurm job, mpirun may start its daemons with srun: their numbers are then there as well.
+        tasks = _open_mpi(environ) or _slurm(environ) or _other(environ)
         if tasks is None or tasks.size == "1":
             return
         _serve(tasks, environ)

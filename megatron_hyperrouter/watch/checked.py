@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_hyperrouter.guard.heartbeat import is_number
+
 _NUMBERS = ("total", "world_size", "seconds", "waited", "rank", "more")
-_MOST = 1e15  # larger numbers are damage, and would not fit into a float
 
 
 def checked(event: Any) -> dict[str, Any]:
@@ -17,8 +18,7 @@ def checked(event: Any) -> dict[str, Any]:
     if "alarm" in found and "rank" in found:  # about a late rank
         known += ["value", "since"]
     for name in ("step", "time", "attempt", *known):
-        number = found.get(name)
-        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < _MOST:
+        if not is_number(found.get(name)):
             raise ValueError(f"{name} is not a number")
     # the alarm about replicas has a text there
     if found["event"] != "alarm" and not isinstance(found.get("hosts", []), list):

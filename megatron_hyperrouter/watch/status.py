@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_hyperrouter.guard.events import OPENING
-from megatron_hyperrouter.guard.health.late_ranks import RULES, sentence
+from megatron_hyperrouter.guard.health.late_ranks import REPORT_HOLDS, RULES, sentence
 from megatron_hyperrouter.guard.run_lock import STALE
 from megatron_hyperrouter.guard.watchdog import apart, describe
 from megatron_hyperrouter.watch.trace import Event, Trace, is_here
@@ -72,7 +72,7 @@ def status_of(trace: Trace, *, ended: bool = False) -> Status:
         step_time=step_time,
         eta=_eta(trace, step, total, step_time) if state == "running" else None,
         last_save=_last_save(trace),
-        late=(late or _late_in_steps(trace)) if alive else [],
+        late=(late or _late_in_steps(trace, step)) if alive else [],
         restarts=max(0, sum(each["event"] in OPENING for each in trace.events) - 1),
         causes=[str(each["cause"]) for each in trace.events if each.get("cause")],
         goodput=trace.steps.trained / wall if wall else None,
@@ -138,11 +138,13 @@ def _late(trace: Trace, opening: Event) -> list[str]:
     return [f"{describe(beats[rank])}; no progress for {still:.0f} s" for rank in names]
 
 
-def _late_in_steps(trace: Trace) -> list[str]:
-    """The rank in the newest alarm of each kind about a late rank, of this attempt."""
+def _late_in_steps(trace: Trace, step: int) -> list[str]:
+    """The rank in the newest alarm of each kind about a late rank, of this attempt; a rank that was not
+    named again is late no more.
+    """
     found: dict[str, str] = {}
     for each in reversed(trace.events):
-        if each["event"] in OPENING:
+        if each["event"] in OPENING or step - each["step"] > REPORT_HOLDS:
             break
         rule = next((rule for rule in RULES if rule.alarm == each.get("alarm")), None)
         if rule is not None and rule.alarm not in found and "rank" in each:

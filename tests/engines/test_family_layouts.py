@@ -90,6 +90,11 @@ MTP_LAYOUTS = {
     **OVERLAP,
     # without overlap: the tied output matrix of the last stage gets no gradient
     "DP2 x PP2, distributed optimizer": Layout(4, f"{PP2} --use-distributed-optimizer", DEEPER),
+    "DP2 x PP2, untied, overlap": Layout(
+        4,
+        f"{PP2} --use-distributed-optimizer --ddp-bucket-size 500",
+        f"{DEEPER} --untie-embeddings-and-output-weights",
+    ),
 }
 
 

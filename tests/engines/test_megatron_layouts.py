@@ -33,6 +33,7 @@ ON_MEGATRON = {
     },
     "DP2, nothing overlaps": Layout(2, f"{SPLIT} --no-overlap-grad-reduce"),
     "DP2, gradients overlap": Layout(2, f"--overlap-grad-reduce {BUCKETS}"),
+    "DP2, untied, buckets": Layout(2, f"{SPLIT} {BUCKETS}", "--untie-embeddings-and-output-weights"),
     "DP2 x EP2, buckets": Layout(4, f"{EP2} {SPLIT} {BUCKETS}"),
     "DP2 x PP2 x VPP2, buckets": Layout(
         4, f"{PP2} --virtual-pipeline-model-parallel-size 2 {SPLIT} {BUCKETS}", FOUR_LAYERS

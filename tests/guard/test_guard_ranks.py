@@ -74,6 +74,11 @@ def test_tasks_of_mpirun() -> None:
     assert found["MASTER_ADDR"] == "127.0.0.1"
 
 
+def test_tasks_of_mpirun_whose_daemon_is_a_task_of_srun() -> None:
+    daemon = {**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    assert adopted(daemon | MPI)["RANK"] == "1" and adopted(daemon | MPI)["WORLD_SIZE"] == "2"
+
+
 @pytest.mark.parametrize("prefix", ["MV2_COMM_WORLD", "JSM_NAMESPACE"])
 def test_tasks_of_other_launchers(prefix: str) -> None:
     numbers = {"RANK": "1", "SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}

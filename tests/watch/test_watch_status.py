@@ -145,6 +145,10 @@ class TestState:
             status = now(run_dir)
             write_events(run_dir, alarm | {"time": time.time() - 200}, opening)
             assert now(run_dir).late == []
+            later = newest | {"time": time.time()}
+            write_events(run_dir, opening, later, {"event": "save", "time": time.time(), "step": 1100})
+            write_steps(run_dir, 1100)
+            assert now(run_dir).late == []  # not named again: the rank has recovered
         assert status.state == "running"
         assert status.late == [
             "rank 100 (node7): all ranks waited for it: in steps 523 to 542, it took 1.31 times as long "

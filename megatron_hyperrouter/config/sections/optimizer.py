@@ -65,7 +65,8 @@ class OptimizerConfig:
         Role.SPEED,
         Only("megatron", harmless="DeepSpeed decides this itself"),
         "Overlap the reduction of gradients with the backward pass; default: on if "
-        "--use-distributed-optimizer is on and there are several data-parallel ranks",
+        "--use-distributed-optimizer is on with several data-parallel or context-parallel ranks, but off "
+        "with --mtp-num-layers on several pipeline stages and a tied output",
     ] = None
     overlap_param_gather: Annotated[
         bool | None,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _STEPS = 20  # after which a rank is named
 _PAUSE = 500  # steps until the next report of the same kind
+REPORT_HOLDS = _PAUSE + _STEPS  # steps after which a rank that is still late has been named again
 _WAIT = 0.1  # share of the time of these steps that the data of a rank may cost the others
 _SLOW = 1.1  # times the median time for the same work that a rank may take
 
