@@ -52,8 +52,8 @@ def test_every_flag_is_there(helped: str) -> None:
 
 def test_every_file_is_there() -> None:
     files = set(re.findall(r"(?:tools|tests)/[\w/]+\.py", PAGE))
-    assert files and all((ROOT / name).is_file() for name in files)
-    links = re.findall(r"\]\(([\w.]+)\)", PAGE)
+    assert all((ROOT / name).is_file() for name in files)
+    links = re.findall(r"\]\(([\w.]+)(?:#[\w-]+)?\)", PAGE)
     assert links and all((ROOT / "docs" / name).is_file() for name in links)
 
 
@@ -64,7 +64,7 @@ def test_the_numbers_are_those_of_the_code() -> None:
         f"8 bytes for each block of {on_demand.BLOCK} documents, and a few regions of {windows} documents",
         f"all blocks of {on_demand.BLOCK} documents; then the documents of each region of {on_demand.REGION} "
         "blocks",
-        f"less than {order._SEPARATE_BELOW:.0%} of it is".replace("%", " %"),
+        f"less than {order._SEPARATE_BELOW:.0%} of it is used".replace("%", " %"),
         f"a file of 2**{dataset.ON_DEMAND_FROM.bit_length() - 1} documents",
         f"An index of fewer than 2**{cache.CACHED_FROM.bit_length() - 1} numbers",
         f"(default: {DataConfig().num_workers}) read ahead; each prefetches {loader._AHEAD} micro-batches",
