@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from megatron_hyperrouter.config.roles import IsPath, Only, Quiet, Role
+from megatron_hyperrouter.config.roles import IsPath, Metavar, Only, Quiet, Role
 from megatron_hyperrouter.config.tree import RunConfig
 
 T = TypeVar("T")
@@ -38,6 +38,7 @@ class Leaf:
     only: Only | None = None  # the one engine that has it
     quiet: Any = None  # the value with which it does nothing
     is_path: bool = False  # ``~`` and ``$VARIABLE`` in it are expanded
+    metavar: str = ""  # for --help; empty: made from the type
 
     @property
     def flag(self) -> str:
@@ -160,12 +161,15 @@ def _leaves_of(config_type: type, section: str, prefix: str) -> Iterator[Leaf]:
         if role is None:
             raise TypeError(f"{where} needs a role: Annotated[type, rules..., role, 'help'] = default")
         default, quiet = _default(entry, where), _only(Quiet, metadata, where)
+        path, shown = _only(IsPath, metadata, where), _only(Metavar, metadata, where)
         yield Leaf(
             section=section,
             name=prefix + entry.name,
             base=base,
             rules=tuple(
-                item for item in metadata if not isinstance(item, str | Role | Only | Quiet | IsPath)
+                item
+                for item in metadata
+                if not isinstance(item, str | Role | Only | Quiet | IsPath | Metavar)
             ),
             optional=optional,
             default=default,
@@ -173,7 +177,8 @@ def _leaves_of(config_type: type, section: str, prefix: str) -> Iterator[Leaf]:
             role=role,
             only=_only(Only, metadata, where),
             quiet=quiet.value if quiet else default,
-            is_path=_only(IsPath, metadata, where) is not None,
+            is_path=path is not None,
+            metavar=shown.words if shown else path.metavar if path else "",
         )
 
 

@@ -60,5 +60,14 @@ class Quiet:
 class IsPath:
     """The text names a file or a folder: ``~`` and ``$VARIABLE`` in it are expanded."""
 
+    metavar: str
 
-PATH = IsPath()
+
+FILE, FOLDER, PREFIX = IsPath("FILE"), IsPath("DIR"), IsPath("PREFIX")
+
+
+@dataclass(frozen=True)
+class Metavar:
+    """The name of the value in ``--help``, where the type alone (``N``, ``X``, ``TEXT``) says too little."""
+
+    words: str  # one word, or one for each value of a flag that takes a fixed number of them

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le
 
 from megatron_hyperrouter.config.kinds import Count, Fraction, Natural, NonNegative, YamlWord
-from megatron_hyperrouter.config.roles import PATH, Only, Quiet, Role
+from megatron_hyperrouter.config.roles import FILE, FOLDER, PREFIX, Metavar, Only, Quiet, Role
 from megatron_hyperrouter.config.sections.attention import AttentionConfig
 from megatron_hyperrouter.config.sections.checkpoint import CheckpointConfig as CheckpointConfig
 from megatron_hyperrouter.config.sections.guard import GuardConfig
@@ -77,8 +77,9 @@ class ModelConfig:
     moe_layer_freq: Annotated[
         YamlWord,
         Role.SHAPE,
-        "Which layers are MoE layers: N for every Nth layer, beginning with the first; or a list of 1"
-        " (MoE) and 0 (dense), which may be an expression such as ([0]*1+[1]*26)",
+        Metavar("N|LIST"),
+        "Which layers are MoE layers: N for every Nth layer, beginning with the first; or a list with a 1"
+        " (MoE) or a 0 (dense) for each layer, which may be an expression such as ([0]*1+[1]*26)",
     ] = "1"
     moe_shared_expert_intermediate_size: Annotated[
         Count | None,
@@ -105,8 +106,8 @@ class ModelConfig:
         float | None,
         Gt(0.0),
         Role.FUNCTION,
-        "Largest number of tokens that an expert accepts, as a multiple of an even share; further "
-        "tokens are dropped; default: no limit",
+        "Largest number of tokens that an expert accepts, as a multiple of the mean number of tokens per "
+        "expert; further tokens are dropped; default: no limit",
     ] = None
     mtp_num_layers: Annotated[
         Count | None,
@@ -204,9 +205,10 @@ class TrainConfig:
     rampup_batch_size: Annotated[
         tuple[Count, Count, Count] | None,
         Role.BATCH,
-        "START INCREMENT SAMPLES: begin with START samples per step, and add INCREMENT at equal "
-        "intervals until --global-batch-size is reached after SAMPLES samples. The learning-rate "
-        "schedule then follows samples instead of steps",
+        Metavar("START INCREMENT SAMPLES"),
+        "Begin with START samples per step, and add INCREMENT samples at equal intervals until "
+        "--global-batch-size is reached after SAMPLES samples. The learning-rate schedule then follows "
+        "samples instead of steps",
     ] = None
     train_iters: Annotated[Count, Role.COURSE, "Number of optimizer steps in the run"] = 100
     seed: Annotated[
@@ -236,6 +238,7 @@ class TrainConfig:
     recompute_modules: Annotated[
         tuple[str, ...],
         Role.SPEED,
+        Metavar("PART"),
         "With --recompute-granularity selective: parts to recompute, from core_attn (attention "
         "without its projections), mlp (of dense layers), moe, shared_experts; default: core_attn",
     ] = ()
@@ -255,17 +258,17 @@ class DataConfig:
     data_path: Annotated[
         tuple[str, ...],
         Role.DATA,
-        PATH,
+        PREFIX,
         "Prefixes of .bin/.idx files; a weight may come before each prefix: 0.3 a 0.7 b",
     ] = ()
     train_data_path: Annotated[
-        tuple[str, ...], Role.DATA, PATH, "Same as --data-path, but only for training data"
+        tuple[str, ...], Role.DATA, PREFIX, "Same as --data-path, but only for training data"
     ] = ()
     valid_data_path: Annotated[
-        tuple[str, ...], Role.DATA, PATH, "Same as --data-path, but only for validation data"
+        tuple[str, ...], Role.DATA, PREFIX, "Same as --data-path, but only for validation data"
     ] = ()
     test_data_path: Annotated[
-        tuple[str, ...], Role.DATA, PATH, "Same as --data-path, but only for test data"
+        tuple[str, ...], Role.DATA, PREFIX, "Same as --data-path, but only for test data"
     ] = ()
     mock_data: Annotated[
         bool,
@@ -275,13 +278,13 @@ class DataConfig:
     data_schedule: Annotated[
         str | None,
         Role.DATA,
-        PATH,
+        FILE,
         "YAML file that changes the training mix at given steps. Without --data-path, --split applies to"
         " the first mix",
     ] = None
-    split: Annotated[str, Role.DATA, "Relative shares of --data-path for training, validation and test"] = (
-        "969,30,1"
-    )
+    split: Annotated[
+        str, Role.DATA, Metavar("A,B,C"), "Relative shares of --data-path for training, validation and test"
+    ] = "969,30,1"
     tokenizer_type: Annotated[
         Literal[
             "ByteTokenizer",
@@ -298,12 +301,12 @@ class DataConfig:
     tokenizer_model: Annotated[
         str | None,
         Role.TOKENIZER,
-        PATH,
+        FILE,
         "File of the tokenizer. For HuggingFaceTokenizer: tokenizer.json, its folder, or the name of "
         "a model on the Hugging Face hub",
     ] = None
-    vocab_file: Annotated[str | None, Role.TOKENIZER, PATH, "For GPT2BPETokenizer: path of vocab.json"] = None
-    merge_file: Annotated[str | None, Role.TOKENIZER, PATH, "For GPT2BPETokenizer: path of merges.txt"] = None
+    vocab_file: Annotated[str | None, Role.TOKENIZER, FILE, "For GPT2BPETokenizer: path of vocab.json"] = None
+    merge_file: Annotated[str | None, Role.TOKENIZER, FILE, "For GPT2BPETokenizer: path of merges.txt"] = None
     vocab_size: Annotated[
         Count | None,
         Role.TOKENIZER,
@@ -313,6 +316,7 @@ class DataConfig:
     eod_token: Annotated[
         str | None,
         Role.TOKENIZER,
+        Metavar("TOKEN"),
         "Token that ends a document; default: the one named in the tokenizer's files",
     ] = None
     tiktoken_pattern: Annotated[
@@ -326,6 +330,7 @@ class DataConfig:
     tokenizer_special_tokens: Annotated[
         tuple[str, ...],
         Role.TOKENIZER,
+        Metavar("TOKEN"),
         "For TikTokenizer: names of the first special tokens; default: the names in Megatron-LM",
     ] = ()
     data_index: Annotated[
@@ -333,14 +338,14 @@ class DataConfig:
         Role.ORDER,
         "When the order of samples is computed. materialised: at the start, as in megatron-core; "
         "on-demand: during training, for huge files; auto: on-demand for 2**25 documents or more. "
-        "The two give different orders",
+        "materialised and on-demand give different orders",
     ] = "auto"
     data_cache_path: Annotated[
         str | None,
         Role.PLACE,
-        PATH,
+        FOLDER,
         "Folder for index files; one process on each node builds them; default: cache/hyperrouter "
-        "next to the data, or index-cache in the run folder",
+        "next to the data, or index-cache in the run folder if the data folder is not writable",
     ] = None
     num_workers: Annotated[
         Natural,
@@ -375,7 +380,7 @@ class LoggingConfig:
     """What a run reports, and where."""
 
     run_dir: Annotated[
-        str, Role.PLACE, PATH, "Folder of this run: config.yaml, metrics.jsonl, checkpoints/"
+        str, Role.PLACE, FOLDER, "Folder of this run: config.yaml, metrics.jsonl, checkpoints/"
     ] = "runs/default"
     log_interval: Annotated[Count, Role.DISPLAY, "Steps between log lines on the console"] = 10
     log_params_norm: Annotated[
@@ -396,11 +401,16 @@ class LoggingConfig:
     profile_step_start: Annotated[Natural, Role.DISPLAY, "Begin the trace after this step"] = 10
     profile_step_end: Annotated[Count, Role.DISPLAY, "End the trace after this step"] = 12
     profile_ranks: Annotated[tuple[int, ...], Role.DISPLAY, "Ranks that write a trace"] = (0,)
-    tensorboard_dir: Annotated[str | None, Role.PLACE, PATH, "Write TensorBoard events to this folder"] = None
-    wandb_project: Annotated[str | None, Role.DISPLAY, "Report to this Weights & Biases project"] = None
+    tensorboard_dir: Annotated[str | None, Role.PLACE, FOLDER, "Write TensorBoard events to this folder"] = (
+        None
+    )
+    wandb_project: Annotated[
+        str | None, Role.DISPLAY, Metavar("NAME"), "Report to this Weights & Biases project"
+    ] = None
     wandb_exp_name: Annotated[
         str | None,
         Role.DISPLAY,
+        Metavar("NAME"),
         "Name of the run in --wandb-project; default: the run folder's name",
     ] = None
     sample_interval: Annotated[
@@ -427,7 +437,7 @@ class EngineConfig:
     transformer_impl: Annotated[
         Literal["auto", "local", "transformer_engine"],
         Role.SPEED,
-        Only("megatron", harmless="it always uses PyTorch layers"),
+        Only("megatron", harmless="this engine always uses PyTorch layers"),
         "Layer implementation. auto: Transformer Engine in bfloat16 on GPUs when installed, otherwise"
         " PyTorch",
     ] = "auto"
@@ -455,7 +465,7 @@ class EngineConfig:
         str | None,
         Role.SPEED,
         Only("deepspeed"),
-        PATH,
+        FILE,
         "JSON file with additional DeepSpeed settings; a key that contradicts a flag is an error",
     ] = None
 

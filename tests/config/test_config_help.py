@@ -42,6 +42,19 @@ class TestHelp:
         monkeypatch.setenv("COLUMNS", str(columns))
         assert max(map(len, self.text(routers, capsys).splitlines())) < min(columns, 120)
 
+    def test_the_value_of_a_flag_has_a_name_that_says_what_it_is(self, routers):
+        text = help_text(routers, prog="train")
+        for leaf in tree_leaves().values():
+            if leaf.is_path:
+                assert re.search(rf"^  {leaf.flag} (FILE|DIR|PREFIX)\b", text, flags=re.M), leaf.flag
+        assert "  --rampup-batch-size START INCREMENT SAMPLES\n" in text
+        assert "  --alarm NAME=ACTION [NAME=ACTION ...]\n" in text
+
+    def test_a_long_list_of_choices_is_not_cut_inside_a_name(self, routers):
+        for width in (60, 80, 120):
+            words = set(re.split(r"[^A-Za-z0-9_-]+", help_text(routers, prog="train", width=width)))
+            assert {str(each) for leaf in tree_leaves().values() for each in leaf.choices} <= words
+
     @pytest.mark.parametrize(
         ("topic", "there", "missing"),
         [

@@ -113,7 +113,7 @@ def _head(page: _Page, prog: str, routers: Mapping[str, Any]) -> Iterator[str]:
     yield from page.wrapped(f"Show one section with --help SECTION: {_names()}.")
     yield ""
     yield from page.row(
-        "--config FILE", "YAML file with settings; the config.yaml of a run starts the same run again"
+        "--config FILE.yaml", "YAML file with settings; the config.yaml of a run starts the same run again"
     )
     yield from page.row(
         "--dry-run [--world-size N]",
@@ -144,8 +144,11 @@ class _Page:
         for leaf in leaves:
             meaning, _, default = leaf.help.partition("; default: ")
             shown = f"default: {default}" if default else _default(leaf)
-            notes = "; ".join(filter(None, [_engine(leaf), leaf.bounds(), shown]))
-            yield from self.row(_usage(leaf), f"{meaning} ({notes})" if notes else meaning)
+            usage, choices = _usage(leaf), ""
+            if leaf.choices and len(usage) + 2 > self.width:  # it would break inside a name
+                usage, choices = f"{leaf.flag} NAME", "one of " + ", ".join(map(str, leaf.choices))
+            notes = "; ".join(filter(None, [_engine(leaf), choices, leaf.bounds(), shown]))
+            yield from self.row(usage, f"{meaning} ({notes})" if notes else meaning)
 
     def row(self, left: str, text: str) -> Iterator[str]:
         lines = list(self.wrapped(text, indent=self.column))
@@ -163,7 +166,9 @@ def _usage(leaf: Leaf) -> str:
         return leaf.flag
     if leaf.choices:
         return f"{leaf.flag} {{{','.join(map(str, leaf.choices))}}}"
-    word = KINDS.get(leaf.item, "VALUE")
+    word = leaf.metavar or KINDS.get(leaf.item, "VALUE")
+    if leaf.metavar and leaf.length is not None:
+        return f"{leaf.flag} {leaf.metavar}"
     if leaf.length is not None:
         return " ".join([leaf.flag, *[word] * leaf.length])
     return f"{leaf.flag} {word} [{word} ...]" if leaf.is_tuple else f"{leaf.flag} {word}"

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from megatron_hyperrouter.config.kinds import Count, NonNegative, YamlWord
-from megatron_hyperrouter.config.roles import Role
+from megatron_hyperrouter.config.roles import Metavar, Role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +102,14 @@ class AttentionConfig:
     window_size: Annotated[
         YamlWord | None,
         Role.FUNCTION,
-        "Sliding-window attention, written LEFT,0: a token attends to itself and the LEFT tokens "
-        "before it; default: full attention",
+        Metavar("LEFT,0"),
+        "Sliding-window attention: a token attends to itself and the LEFT tokens before it; "
+        "default: full attention",
     ] = None
     window_attn_skip_freq: Annotated[
         YamlWord | None,
         Role.FUNCTION,
-        "Which layers have a sliding window: N for all layers except every Nth; or a list of 1 "
-        "(window) and 0 (full attention), which may be an expression; default: all layers",
+        Metavar("N|LIST"),
+        "Which layers have a sliding window: N for all layers except every Nth; or a list with a 1 "
+        "(window) or a 0 (full attention) for each layer, which may be an expression; default: all layers",
     ] = None

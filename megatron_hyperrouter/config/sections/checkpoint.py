@@ -8,7 +8,7 @@ from typing import Annotated
 from annotated_types import Gt
 
 from megatron_hyperrouter.config.kinds import Count, Natural, NonNegative
-from megatron_hyperrouter.config.roles import PATH, Quiet, Role
+from megatron_hyperrouter.config.roles import FOLDER, Quiet, Role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class CheckpointConfig:
     exit_interval: Annotated[
         Count | None, Role.UPKEEP, "Save and stop after the next step that is a multiple of this"
     ] = None
-    load: Annotated[str | None, Role.START, PATH, "Run folder or checkpoint folder to resume from"] = None
+    load: Annotated[str | None, Role.START, FOLDER, "Run folder or checkpoint folder to resume from"] = None
     elastic: Annotated[
         bool,
         Role.START,

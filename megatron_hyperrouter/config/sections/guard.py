@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 from annotated_types import Gt
 
 from megatron_hyperrouter.config.kinds import Count, Natural
-from megatron_hyperrouter.config.roles import Quiet, Role
+from megatron_hyperrouter.config.roles import Metavar, Quiet, Role
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """Bad steps, ranks that hang or differ, and alarms."""
+    """Bad steps, ranks that hang or whose weights differ, and alarms."""
 
     on_bad_step: Annotated[
         Literal["stop", "skip", "rollback"],
@@ -35,7 +35,8 @@ class GuardConfig:
     skip_steps: Annotated[
         tuple[str, ...],
         Role.COURSE,
-        "Steps to skip, such as 105-107 300: their data is read but not trained on",
+        Metavar("STEPS"),
+        "Steps or ranges of steps to skip, such as 105-107 300: their data are read but not trained on",
     ] = ()
     check_replicas_interval: Annotated[
         Count | None,
@@ -59,6 +60,9 @@ class GuardConfig:
     alarm: Annotated[
         tuple[str, ...],
         Role.COURSE,
-        "What each alarm does, as NAME=ACTION. Names: collapse, dead_experts, imbalance, entropy, "
-        "loss_spike. Actions: note (default), snapshot, raise-aux, stop",
+        Metavar("NAME=ACTION"),
+        "What to do after an alarm. Names: collapse, dead_experts, imbalance, entropy, loss_spike. "
+        "Actions: note (report the alarm), snapshot (also save a checkpoint), raise-aux (also raise the "
+        "weight of the load-balancing loss for a while), stop (also save a checkpoint and end the run); "
+        "default: note for every alarm",
     ] = ()

@@ -21,7 +21,7 @@ class OptimizerConfig:
         Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"],
         Role.SCHEDULE,
         Quiet("constant"),
-        "Shape of the learning-rate decay",
+        "Shape of the learning-rate decay. WSD (warmup-stable-decay): constant until the final decay",
     ] = "cosine"
     lr_decay_iters: Annotated[
         Count | None, Role.SCHEDULE, "Step at which the decay ends; default: --train-iters"
@@ -63,15 +63,15 @@ class OptimizerConfig:
     overlap_grad_reduce: Annotated[
         bool | None,
         Role.SPEED,
-        Only("megatron", harmless="DeepSpeed decides this itself"),
-        "Overlap the reduction of gradients with the backward pass; default: on if "
-        "--use-distributed-optimizer is on with several data-parallel or context-parallel ranks, but off "
-        "with --mtp-num-layers on several pipeline stages and a tied output",
+        Only("megatron", harmless="DeepSpeed itself decides whether to overlap"),
+        "Overlap the reduction of gradients with the backward pass; default: on with "
+        "--use-distributed-optimizer and several data-parallel or context-parallel ranks, but off if "
+        "--mtp-num-layers is used with several pipeline stages and a tied embedding",
     ] = None
     overlap_param_gather: Annotated[
         bool | None,
         Role.SPEED,
-        Only("megatron", harmless="DeepSpeed decides this itself"),
+        Only("megatron", harmless="DeepSpeed itself decides whether to overlap"),
         "Overlap the all-gather of weights with the forward pass; default: on if "
         "--overlap-grad-reduce and --use-distributed-optimizer are on",
     ] = None
