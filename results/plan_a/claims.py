@@ -89,9 +89,9 @@ def layers(*names: str) -> Callable[[Run], float]:
     return value
 
 
-def verdict(holds: bool, falls: bool) -> str:
+def verdict(supported: bool, refuted: bool) -> str:
     """Neither: the intervals are too wide."""
-    return "holds" if holds else "falls" if falls else "not decided"
+    return "supported" if supported else "refuted" if refuted else "not decided"
 
 
 def of_a1(runs: Runs) -> Iterator[Claim]:
@@ -101,13 +101,15 @@ def of_a1(runs: Runs) -> Iterator[Claim]:
         "F1: HyperRouter is better with few experts", verdict(few.high < 0, few.low > 0), f"{few} (k = 1)"
     )
     yield Claim(
-        "F2: without loss at the trained k", verdict(full.high <= 0.01, full.low > 0.01), f"{full} (k = 16)"
+        "F2: HyperRouter loses nothing at the trained k",
+        verdict(full.high <= 0.01, full.low > 0.01),
+        f"{full} (k = 16)",
     )
     entropy, told = (
         difference(runs, "hyper", "matched", layers(name)) for name in ("entropy", "mutual_information")
     )
     yield Claim(
-        "F3: lower router entropy, and it says more",
+        "F3: HyperRouter has lower entropy and higher mutual information",
         verdict(entropy.high < 0 < told.low, entropy.low > 0 or told.high < 0),
         f"entropy {entropy}, mutual information {told} nats",
     )
@@ -149,7 +151,11 @@ def of_a4(runs: Runs) -> Iterator[Claim]:
         "matched",
         lambda run: next(r["accuracy"] for r in run["results"] if (r["topk"], r["split"]) == (2, "test")),
     )
-    yield Claim("F6: it transfers", verdict(found.low > 0, found.high < 0), f"accuracy {found} (k = 2)")
+    yield Claim(
+        "F6: HyperRouter transfers better to a task",
+        verdict(found.low > 0, found.high < 0),
+        f"accuracy {found} (k = 2)",
+    )
 
 
 def differences(runs: Runs) -> Iterator[str]:
@@ -222,7 +228,7 @@ def main() -> None:
     for block, judge, left_out in (
         ("A1", of_a1, ()),
         ("A3", of_a3, ("F5: competition and similarity losses reduce collapse",)),
-        ("A4", of_a4, ("F6: it transfers",)),
+        ("A4", of_a4, ("F6: HyperRouter transfers better to a task",)),
     ):
         runs = read(root / block)
         claims = (
@@ -242,8 +248,8 @@ def main() -> None:
         kinds = ", ".join(f"{name} {count}" for name, count in sorted(found.items())) or "none"
         lines += [
             "",
-            f"Alarms in {steps:,} watched steps of A1: {total} ({kinds}); at most "
-            f"{1000 * upper_bound(total, steps):.2f} in 1,000 steps at 95 % confidence.",
+            f"Alarms of A1 in {steps:,} watched steps: {total} ({kinds}). With 95 % confidence, the rate is "
+            f"at most {1000 * upper_bound(total, steps):.2f} alarms in 1,000 steps.",
         ]
     sys.stdout.write("\n".join(lines) + "\n")
 

@@ -53,18 +53,24 @@ def verdicts(claims: ModuleType, given: Any) -> dict[str, str]:
 
 def test_a_router_that_keeps_its_promise(claims: ModuleType) -> None:
     found = verdicts(claims, runs(0.2, 0.01, entropy=1.5, told=0.8, rank=9.0, drift=0.3))
-    assert found == {"F1": "holds", "F2": "holds", "F3": "holds", "F4": "holds", "F7": "not decided"}
+    assert found == {
+        "F1": "supported",
+        "F2": "supported",
+        "F3": "supported",
+        "F4": "supported",
+        "F7": "not decided",
+    }
 
 
 def test_a_router_that_breaks_it(claims: ModuleType) -> None:
     found = verdicts(claims, runs(-0.2, 0.01, entropy=2.5, told=0.1, rank=3.0))
-    assert found == {"F1": "falls", "F2": "falls", "F3": "falls", "F4": "falls", "F7": "falls"}
+    assert found == {"F1": "refuted", "F2": "refuted", "F3": "refuted", "F4": "refuted", "F7": "refuted"}
 
 
 def test_wide_intervals_decide_nothing_but_a_router_that_does_not_move(claims: ModuleType) -> None:
     found = verdicts(claims, runs(0.01, 0.5, drift=0.01))
     assert found["F1"] == found["F2"] == found["F3"] == "not decided"
-    assert found["F4"] == "falls"  # its drift alone says so
+    assert found["F4"] == "refuted"  # its drift alone says so
 
 
 def test_differences_are_paired_by_seed(claims: ModuleType) -> None:
@@ -105,8 +111,9 @@ def test_the_page_of_a_folder(
     monkeypatch.setattr("sys.argv", ["claims.py", str(tmp_path)])
     claims.main()
     text = capsys.readouterr().out
-    assert "| F1: HyperRouter is better with few experts | **holds** | -0.200 ± 0.020 (k = 1) |" in text
+    assert "| F1: HyperRouter is better with few experts | **supported** | -0.200 ± 0.020 (k = 1) |" in text
     assert "A3 was not run" in text and "A4 was not run" in text
     rate = 1000 * 4.7439 / (25 * 560)
-    assert f"Alarms in 14,000 watched steps of A1: 1 (imbalance 1); at most {rate:.2f} in 1,000 steps" in text
+    assert "Alarms of A1 in 14,000 watched steps: 1 (imbalance 1)." in text
+    assert f"With 95 % confidence, the rate is at most {rate:.2f} alarms in 1,000 steps." in text
     assert math.isclose(claims.interval([0.19, 0.2, 0.21]).half, 0.01 * 4.302653 / math.sqrt(3), rel_tol=1e-5)
