@@ -174,9 +174,9 @@ class Bar:
         passed = done - self._before
         left = round((total - done) / passed * self.seconds()) if passed > 0 else None
         left_text = (
-            "? left (ETA)"
+            "time left unknown"
             if left is None
-            else f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left (ETA)"
+            else f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         )
         digits = 1 if self._unit == "MB" else 0
         amounts = f"{done / self._scale:,.{digits}f} of {total / self._scale:,.{digits}f} {self._unit}"

@@ -50,7 +50,7 @@ def problems(folder: HfFolder) -> Iterator[str]:
     missing = [name for name in needed if name not in config]
     yield from (f"config.json has no {name}" for name in missing)
     if "model.embed_tokens.weight" not in folder.reader:
-        yield "there is no tensor model.embed_tokens.weight"
+        yield "the weights have no tensor model.embed_tokens.weight"
     if missing:
         return
     if folder.theta <= 1:
@@ -63,19 +63,20 @@ def problems(folder: HfFolder) -> Iterator[str]:
         yield f"rope_parameters has no {error.args[0]}"
     if folder.architecture != "Glm4MoeForCausalLM":
         if config.get("attention_bias"):
-            yield "attention_bias is supported only on queries, keys and values"
+            yield "attention_bias true is not supported, because it also adds a bias to the attention output"
         if not folder.latent and _turning_share(folder) != 1.0:
-            yield "partial_rotary_factor is not supported for this class"
+            share = _turning_share(folder)
+            yield f"partial_rotary_factor {share:g} is not supported; it must be 1 for this class"
     if _windowed(folder) and folder.architecture not in ("MixtralForCausalLM", "MistralForCausalLM"):
-        yield "a sliding window in only some layers is not supported"
+        yield "use_sliding_window true is not supported, because it affects only some layers"
     if folder.dense and _windowed(folder):
-        yield "a sliding window is not supported with --upcycle"
+        yield "sliding-window attention is not supported with --upcycle"
     if config.get("hidden_act", "silu") != "silu":
-        yield f"hidden_act {config['hidden_act']} is not supported; experts are SwiGLU"
+        yield f"hidden_act {config['hidden_act']} is not supported; it must be silu (experts are SwiGLU)"
     if config.get("quantization_config"):
-        yield "quantized weights are not supported"
+        yield "quantization_config is set, but quantized weights are not supported"
     if config.get("mlp_bias"):
-        yield "mlp_bias is not supported"
+        yield "mlp_bias true is not supported"
     if not folder.dense:
         yield from _expert_problems(folder)
     if folder.latent:
@@ -85,27 +86,31 @@ def problems(folder: HfFolder) -> Iterator[str]:
 def _expert_problems(folder: HfFolder) -> Iterator[str]:
     config = folder.config
     if not any(name in config for name in EXPERTS):
-        yield f"config.json has none of {', '.join(EXPERTS)}"
+        yield f"config.json must have one of {', '.join(EXPERTS)}, but has none"
         return
     if "num_experts_per_tok" not in config:
         yield "config.json has no num_experts_per_tok"
         return
     if not any(folder.routed):
-        yield "no layer has experts"
+        yield "config.json gives no layer experts"
     if int(config.get("moe_layer_freq", 1)) != 1:
         yield f"moe_layer_freq {config['moe_layer_freq']} is not supported (transformers ignores it)"
     if folder.architecture == _DEEPSEEK_V2 and config.get("norm_topk_prob"):
-        yield "norm_topk_prob is not supported (transformers ignores it for this class)"
+        yield "norm_topk_prob true is not supported (transformers ignores it for this class)"
     groups, chosen = _groups(folder)
     if chosen >= groups:
         return
     size, best = folder.num_experts // groups, _GROUP_BEST.get(folder.architecture, 2)
     topk = int(config["num_experts_per_tok"])
-    if min(max(topk // chosen, 1), size) != best:
+    if (ours := min(max(topk // chosen, 1), size)) != best:
         yield (
-            f"n_group {groups} is not supported: the model scores a group by its {best} best experts, but "
-            f"this program by its best {topk} / {chosen} (num_experts_per_tok / topk_group)"
+            f"n_group {groups} is not supported: this model scores each group of experts by the "
+            f"{_experts(best)}, but this program by the {_experts(ours)} (num_experts_per_tok / topk_group)"
         )
+
+
+def _experts(count: int) -> str:
+    return "best expert of the group" if count == 1 else f"{count} best experts of the group"
 
 
 def _groups(folder: HfFolder) -> tuple[int, int]:
@@ -119,7 +124,8 @@ def _groups(folder: HfFolder) -> tuple[int, int]:
 def _latent_problems(config: dict[str, Any]) -> Iterator[str]:
     if config["rms_norm_eps"] != EPSILON:
         yield (
-            f"rms_norm_eps must be {EPSILON:g}, the epsilon of latent norms, not {config['rms_norm_eps']:g}"
+            f"rms_norm_eps {config['rms_norm_eps']:g} is not supported; it must be {EPSILON:g}, because the "
+            "norms in latent attention always use this value"
         )
     if config.get("rope_interleave", True) is not True:
         yield "rope_interleave false is not supported"

@@ -68,13 +68,13 @@ def _check(run: RunConfig, vocab_size: int) -> None:
                 f"the run has --num-experts {model.num_experts} --mlp-type {model.mlp_type}, but --upcycle "
                 "needs --num-experts 1 --mlp-type standard"
             ),
-            remedy="use the run of a dense model, or continue the training of this run",
+            remedy="give the run of a dense model; to train this run further, use mhr train",
         )
     refuse_unknown(run, (), "upcycling")
     router = make_router(run, 1, vocab_size=vocab_size)
     weights_TK, _ = router.choose(torch.linspace(-2, 2, 8)[:, None], 1)
     if not torch.equal(router.scaled(weights_TK), torch.ones(8, 1)):
         raise CheckpointError(
-            f"router {run.router.name} gives a single expert a routing weight other than 1",
+            f"with one expert, router {run.router.name} of the run gives a routing weight other than 1",
             remedy="use a run whose routing weights sum to 1",
         )

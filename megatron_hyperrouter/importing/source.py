@@ -22,9 +22,9 @@ MOE: dict[str, Naming] = {
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")
 UNLIKE = {
-    "OlmoeForCausalLM": "its q/k norms are not supported, because they span all heads",
+    "OlmoeForCausalLM": "each of its q/k norms spans all heads, which is not supported",
     "GptOssForCausalLM": "its biases and attention sinks are not supported",
-    "HyperRouterForCausalLM": "it was exported with --custom-code, and only transformers can load it",
+    "HyperRouterForCausalLM": "it was exported with --custom-code, so only transformers can load it",
 }
 
 
@@ -130,9 +130,9 @@ def open_folder(path: Path) -> HfFolder:
         ) from error
     if architecture not in MOE and architecture not in DENSE:
         reason = UNLIKE.get(architecture, f"the supported models are {', '.join((*MOE, *DENSE))}")
-        export = " or, if it is an export of this program, use its run" if "auto_map" in config else ""
-        remedy = f"choose another model{export}"
-        raise CheckpointError(f"{path} has the model {architecture}: {reason}", remedy=remedy)
+        export = "; if mhr export-hf wrote this folder, use the run that was exported"
+        remedy = f"choose another model{export if 'auto_map' in config else ''}"
+        raise CheckpointError(f"{path}: model class {architecture} cannot be used: {reason}", remedy=remedy)
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(

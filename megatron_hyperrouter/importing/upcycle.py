@@ -69,8 +69,12 @@ class UpcycleOptions:
             rule = f"must be a multiple of --granularity = {self.granularity}"
             yield Problem("--upcycle", self.experts, rule, "use a multiple of --granularity")
         if self.topk % self.granularity or not 1 <= self.topk <= self.experts:
-            rule = f"must be a multiple of --granularity = {self.granularity}, and at most {self.experts}"
-            yield Problem("--topk", self.topk, rule, "use a multiple of --granularity")
+            rule = (
+                f"must be a multiple of --granularity = {self.granularity}, and at most "
+                f"--upcycle = {self.experts}"
+            )
+            remedy = f"use a multiple of {self.granularity} that is at most {self.experts}"
+            yield Problem("--topk", self.topk, rule, remedy)
         for name in ("noise", "redraw"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 yield Problem(

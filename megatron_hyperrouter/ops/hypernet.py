@@ -33,7 +33,8 @@ def generate(
     """
     if w2_PH.size(0) % num_experts or w2_PH.size(0) <= num_experts * bias:
         raise ValueError(
-            f"w2_PH has P = {w2_PH.size(0)} rows: P must be {num_experts} experts x (hidden size + 1)"
+            f"w2_PH has {w2_PH.size(0)} rows; the number of rows must be num_experts = {num_experts} times "
+            f"{'(hidden size + 1)' if bias else 'the hidden size'}"
         )
     if embedding_D.dim() == 1:
         hidden_H = torch.addmv(b1_H, w1_HD, embedding_D).relu()

@@ -138,7 +138,9 @@ def _fill(
     start: int,
 ) -> Tensor:
     if torch.compiler.is_compiling():
-        raise RuntimeError(f"draw {name} outside torch.compile: compiled code rounds float64 differently")
+        raise RuntimeError(
+            f"draw {name} outside torch.compile, because compiled code rounds float64 differently"
+        )
     offset, twist = _key(seed, name)
     here = torch.device(device)
     place = here if here.type in ("cpu", "cuda") else torch.device("cpu")  # others may lack float64

@@ -19,8 +19,8 @@ def topk_at(step: int, *, start: int, end: int, steps: int, kind: str = "linear"
     """
     if min(start, end, steps) < 1 or step < 0:
         raise ValueError(
-            f"start = {start}, end = {end}, steps = {steps} must be at least "
-            f"1, and step = {step} must be at least 0"
+            f"start = {start}, end = {end} and steps = {steps} must each be at least 1, "
+            f"and step = {step} must be at least 0"
         )
     if kind not in KINDS:
         raise ValueError(f"kind = {kind}: must be one of {', '.join(KINDS)}")

@@ -127,7 +127,7 @@ def within_best_groups(scores_TE: Tensor, k: int, groups: Groups) -> Tensor:
     """
     size = scores_TE.size(-1) // groups.total
     if k > groups.chosen * size:
-        raise ValueError(f"k = {k}: must be at most {groups.chosen} groups x {size} experts")
+        raise ValueError(f"k = {k}: must be at most {groups.chosen} groups x {size} experts in a group")
     counted = min(max(k // groups.chosen, 1), size)
     scores_TGM = scores_TE.detach().view(*scores_TE.shape[:-1], groups.total, size)
     group_score_TG = scores_TGM.topk(counted, dim=-1).values.sum(-1)

@@ -32,34 +32,42 @@ def faults(
     for k, ids in (greedy or {}).items():
         if dtype == "float32" and answer["generated"].get(k) != ids:
             found.append(
-                f"k = {k}: greedy decoding gives the tokens {answer['generated'].get(k)} instead of {ids}"
+                f"k = {k}: with greedy decoding, transformers generates the tokens "
+                f"{answer['generated'].get(k)}, but this program generates {ids}"
             )
     return found
 
 
 def _faults(result: Mapping[str, Any], dtype: str) -> Iterator[str]:
     if not result["finite"]:
-        yield "some logits are not finite"
+        yield "some logits of transformers are NaN or infinite"
         return
     same = min(result["equal_experts"], default=1.0)
     if dtype == "float32":
         bound = DIFFERENCE * max(1.0, result["logits_std"])
         if not result["max_difference"] <= bound:
-            yield f"logits differ by up to {result['max_difference']:.2e}, but at most {bound:.2e} is allowed"
+            yield (
+                f"the logits of transformers and of this program differ by up to "
+                f"{result['max_difference']:.2e}, but at most {bound:.2e} is allowed"
+            )
         if (gap := max(result["largest_gap"], default=0.0)) > NEAR:
             yield (
-                f"{100 * (1 - same):.2f} % of tokens are routed to other experts, although the router logits "
-                f"of these experts differ by up to {gap:.1e} (only differences up to {NEAR:.0e} are ties)"
+                f"transformers routes {100 * (1 - same):.2f} % of the tokens to other experts than this "
+                f"program; their router logits differ by up to {gap:.1e}, but only a difference of at most "
+                f"{NEAR:.0e} counts as a tie"
             )
         return
     if same < SAME_EXPERTS:
         yield (
-            f"only {100 * same:.2f} % of tokens are routed to the same experts; at least "
-            f"{100 * SAME_EXPERTS} % are required"
+            f"transformers and this program route only {100 * same:.2f} % of the tokens to the same experts; "
+            f"at least {100 * SAME_EXPERTS:g} % are required"
         )
     ratio = result["perplexity_hf"] / result["perplexity"]
     if not abs(ratio - 1) <= PERPLEXITY:
-        yield f"the perplexity is {result['perplexity_hf']:.4f} instead of {result['perplexity']:.4f}"
+        yield (
+            f"the perplexity with transformers is {result['perplexity_hf']:.4f}, but with this program "
+            f"{result['perplexity']:.4f}; at most {100 * PERPLEXITY:g} % difference is allowed"
+        )
 
 
 def score_faults(certificate: Mapping[str, Any], answer: Mapping[str, Any], dtype: str) -> list[str]:
@@ -76,12 +84,12 @@ def score_faults(certificate: Mapping[str, Any], answer: Mapping[str, Any], dtyp
             # one token may have chosen another expert, and moved those behind it
             if not worst <= bound and min(row["equal_experts"], default=1.0) == 1.0:
                 found.append(
-                    f"k = {result['topk']}: the loss of a token differs by {worst:.2e}, "
-                    f"but at most {bound:.2e} is allowed"
+                    f"k = {result['topk']}: the loss of a token differs from the certified loss by "
+                    f"{worst:.2e}, but at most {bound:.2e} is allowed"
                 )
         if not abs(result["perplexity_hf"] / row["perplexity"] - 1) <= PERPLEXITY:
             found.append(
-                f"k = {result['topk']}: the perplexity is {result['perplexity_hf']:.4f} "
-                f"instead of {row['perplexity']:.4f}"
+                f"k = {result['topk']}: the perplexity is {result['perplexity_hf']:.4f}, but the certified "
+                f"perplexity is {row['perplexity']:.4f}; at most {100 * PERPLEXITY:g} % difference is allowed"
             )
     return found

@@ -34,7 +34,7 @@ def require(script: Path, *, python: str | None = None) -> None:
     if done.returncode:
         raise HostError(f"{program} is not a working Python", remedy="give another Python with --python")
     if missing := done.stdout.split():
-        raise HostError(f"{program} does not have {' and '.join(missing)}", remedy=_INSTALL[script])
+        raise HostError(f"{' and '.join(missing)} cannot be imported by {program}", remedy=_INSTALL[script])
 
 
 def ask(task: Mapping[str, Any], *, python: str | None = None, script: Path = COMPARE) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def ask(task: Mapping[str, Any], *, python: str | None = None, script: Path = CO
             raise HostError(f"{program}: {last[0]}", remedy=_INSTALL[script])
         raise HyperRouterError(
             f"{script.name} failed: {last[0]}",
-            remedy="read its output:\n" + done.stderr.strip()[-3000:],
+            remedy=f"read the error output of {script.name}:\n{done.stderr.strip()[-3000:]}",
         )
 
 

@@ -134,16 +134,19 @@ class Router(nn.Module):
             "--router.group-topk of the groups; default: no groups",
         ] = None
         group_topk: Annotated[
-            Count | None, "With --router.num-groups: number of groups from which a token chooses experts"
+            Count | None,
+            "With --router.num-groups: number of groups from which each token chooses its experts",
         ] = None
         scaling_factor: Annotated[
-            float, Gt(0.0), "Multiply the weights of the chosen experts by this (DeepSeek-V2, DeepSeek-V3)"
+            float,
+            Gt(0.0),
+            "Multiply the routing weights of the chosen experts by this factor (DeepSeek-V2, DeepSeek-V3)",
         ] = 1.0
         lr_mult: Annotated[
             float,
             Gt(0.0),
             Role.COURSE,
-            "Multiply the learning rate of the router's trainable parameters by this",
+            "Multiply the learning rate of the router's trainable parameters by this factor",
         ] = 1.0
 
         def initial_logit_std(self, hidden_size: int) -> float | None:

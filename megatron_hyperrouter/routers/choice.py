@@ -56,15 +56,17 @@ class ChoosingRouter(Router):
         """By default: weights from the softmax over the kept logits."""
 
         score_function: Annotated[
-            Literal["softmax", "sigmoid"], "Function that turns logits into scores (DeepSeek-V3 uses sigmoid)"
+            Literal["softmax", "sigmoid"], "Function that turns logits into scores (sigmoid: DeepSeek-V3)"
         ] = "softmax"
         pre_softmax: Annotated[
-            bool, "Weight the chosen experts by a softmax over all experts, without renormalizing (Switch)"
+            bool,
+            "Compute the routing weights with a softmax over all experts, not only over the chosen ones "
+            "(Switch)",
         ] = False
         renormalise: Annotated[
             bool,
-            "With --router.pre-softmax or sigmoid scores: divide the weights by their sum over the chosen"
-            " experts",
+            "With --router.pre-softmax or sigmoid scores: divide the routing weights by their sum over the "
+            "chosen experts",
         ] = False
         jitter_eps: Annotated[
             float,
@@ -74,28 +76,28 @@ class ChoosingRouter(Router):
         ] = 0.0
         aux_loss: Annotated[
             Literal["micro_batch", "global_batch", "sequence", "off"],
-            "Set of tokens over which the load is balanced. global_batch: uses the load of the "
-            "previous step; off: no load-balancing loss",
+            "Tokens over which the load-balancing loss measures the load of each expert. "
+            "global_batch: the global batch of the previous step; off: no load-balancing loss",
         ] = "micro_batch"
         expert_bias: Annotated[
             bool,
-            "Balance the load without a loss: add a bias to the scores that affects which experts "
-            "are chosen, but not their weights (DeepSeek-V3)",
+            "Balance the load without a loss: choose experts by their scores plus a bias for each "
+            "expert. The bias does not affect the routing weights (DeepSeek-V3)",
         ] = False
         bias_update_rate: Annotated[
             float | None,
             Ge(0.0),
             (
-                "With --router.expert-bias: change of the bias in each step; 0: the bias stays fixed; "
-                "default: 0.001"
+                "With --router.expert-bias: amount by which each step raises or lowers an expert's bias; "
+                "0: the biases stay fixed; default: 0.001"
             ),
         ] = None
         logit_std: Annotated[
             float | None,
             Gt(0.0),
             Role.INITIAL,
-            "Standard deviation of the initial logits, for inputs of unit variance; default: set by "
-            "the router's initial weights",
+            "Standard deviation of the initial logits, for inputs of unit variance; default: the "
+            "value that follows from the router's initial weights",
         ] = None
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
@@ -109,7 +111,7 @@ class ChoosingRouter(Router):
                     "keep one of the two options",
                 )
             if self.renormalise and self.renormalised_anyway:
-                rule = "has no effect: the weights of the chosen experts already sum to 1"
+                rule = "has no effect: the routing weights of the chosen experts already sum to 1"
                 yield Problem("--router.renormalise", True, rule, "leave it out, or add --router.pre-softmax")
             if self.bias_update_rate is not None and not self.expert_bias:
                 yield Problem(
@@ -259,7 +261,7 @@ def no_gradient_at_k1(name: str, topk: int) -> Iterator[str]:
     """The warning of the methods that take the softmax over the kept logits."""
     if topk == 1:
         yield (
-            f"router {name} with k = 1: the weight of the only chosen expert is always 1, so the "
+            f"router {name} with k = 1: the routing weight of the only chosen expert is always 1, so the "
             "language-model loss gives the router no gradient; only --moe-aux-loss-coeff and "
             "--moe-z-loss-coeff train the router"
         )

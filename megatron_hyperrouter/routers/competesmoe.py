@@ -79,29 +79,31 @@ class CompeteSMoERouter(Router, name="competesmoe"):
 
         version: Annotated[
             Literal["v1", "v2"],
-            "How experts compete: by the norm of their outputs (v1), or by the mean softplus of their "
-            "outputs (v2)",
+            "Score by which experts compete for a token. v1: the norm of an expert's output; v2: the mean "
+            "softplus of an expert's output",
         ] = "v2"
         schedule: Annotated[
             Literal["fixed", "function", "capped"] | None,
-            "When a layer competes. fixed: with probability --router.rate; function: with probability 2 /"
-            " (2 + sqrt(i + 1)) in block i; capped: like fixed after a warm-up, but at most "
-            "--router.max-competing layers in a step; default: fixed for v1, capped for v2",
+            "When the experts of a layer compete. fixed: in each step with probability --router.rate; "
+            "function: in block i with probability 2 / (2 + sqrt(i + 1)); capped: like fixed, but not in "
+            "the warm-up, and in at most --router.max-competing layers in one step; default: fixed for v1, "
+            "capped for v2",
         ] = None
         rate: Annotated[
             float | None,
             Ge(0.0),
             Le(1.0),
-            "Probability that a layer competes in a step; default: 0.03 for v1, 0.05 for v2",
+            "Probability that the experts of a layer compete in a step; default: 0.03 for v1, 0.05 for v2",
         ] = None
         warm_up: Annotated[
             float,
             Ge(0.0),
             Lt(1.0),
-            "With --router.schedule capped: fraction of --train-iters at the start without competition",
+            "With --router.schedule capped: length of the warm-up without competition, as a fraction of "
+            "--train-iters",
         ] = 0.05
         max_competing: Annotated[
-            Count, "With --router.schedule capped: largest number of layers that compete in one step"
+            Count, "With --router.schedule capped: maximum number of layers that compete in one step"
         ] = 3
         block_steps: Annotated[
             Count,
@@ -113,20 +115,21 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         ] = None
         loss: Annotated[
             Literal["mse", "kl"],
-            "With --router.version v1: distance that the router loss measures between the router's "
-            "probabilities and a softmax over the winners",
+            "With --router.version v1: how the router loss measures the distance between the router's "
+            "probabilities and the softmax of the winners' scores",
         ] = "mse"
         theta: Annotated[
             Coefficient,
-            "With --router.version v2: weight of the additional router loss that covers only the winners",
+            "With --router.version v2: weight of the additional router loss, which covers only the winners",
         ] = 0.1
         diversity_coeff: Annotated[
             Coefficient | None,
-            "Weight of the diversity loss, the cosine similarity between the winners' outputs; default: 0"
-            " for v1, 0.01 for v2",
+            "Weight of the diversity loss, which is the cosine similarity between the outputs of the "
+            "winners; default: 0 for v1, 0.01 for v2",
         ] = None
         balance_coeff: Annotated[
-            Coefficient | None, "Weight of the balance loss in competitions; default: 0 for v1, 0.01 for v2"
+            Coefficient | None,
+            "Weight of the load-balancing loss in steps with competition; default: 0 for v1, 0.01 for v2",
         ] = None
         init_std: Annotated[
             float, Ge(0.0), Role.INITIAL, "Standard deviation of the router's initial weights"
@@ -162,7 +165,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
                 )
             if topk == 1:
                 yield (
-                    "router competesmoe with k = 1: the weight of the only chosen expert is always "
+                    "router competesmoe with k = 1: the routing weight of the only chosen expert is always "
                     "1, so the language-model loss gives the router no gradient; only competitions, "
                     "--moe-aux-loss-coeff and --moe-z-loss-coeff train the router"
                 )

@@ -147,9 +147,9 @@ class FrozenRouter(Router):
         other = "an unknown seed" if saved_seed is None else f"seed {int(saved_seed)}"
         raise CheckpointError(
             (
-                f"{prefix}frozen_hash: layer {self.layer_number} was trained with frozen weights of "
-                f"{other} (hash {saved_hash[:16]}...), but this run has those "
-                f"of seed {seed} (hash {drawn[:16]}...)"
+                f"{prefix}frozen_hash: the checkpoint was trained with frozen router weights drawn from "
+                f"{other} in layer {self.layer_number} (hash {saved_hash[:16]}...), but this run draws them "
+                f"from seed {seed} (hash {drawn[:16]}...)"
             ),
             remedy=(
                 "use the seed, sizes and router options in the config.yaml of the run that wrote the "

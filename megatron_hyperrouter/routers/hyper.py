@@ -128,31 +128,33 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         """The published method has ``bias`` on and ``init`` = ``paper``."""
 
         hypernet_width: Annotated[Count, "Number of hidden units of the hypernetwork"] = 256
-        embedding_size: Annotated[
-            Count | None, "Size of the trained embedding of each layer; default: --hidden-size"
-        ] = None
+        embedding_size: Annotated[Count | None, "Size of each trained embedding; default: --hidden-size"] = (
+            None
+        )
         per_expert_embedding: Annotated[
             bool,
             bool,
             (
-                "Train one embedding for each expert instead of one for each layer; an expert's "
-                "embedding generates its router weights"
+                "Train one embedding for each expert instead of one for each layer; the "
+                "hypernetwork generates an expert's router weights from the embedding of that expert"
             ),
         ] = False
-        bias: Annotated[bool, "Generate a bias vector as well as the weights"] = False
+        bias: Annotated[bool, "Generate a bias for each logit, too"] = False
         init: Annotated[
             Literal["width", "paper"],
-            "Initial weights of the hypernetwork. width: scaled so that logits have unit standard "
-            "deviation; paper: drawn from N(0, 0.02^2)",
+            "How the frozen weights of the hypernetwork are drawn. width: scaled so that the initial "
+            "logits have unit standard deviation; paper: from N(0, 0.02^2)",
         ] = "width"
         seed: Annotated[Natural | None, "Random seed of the frozen hypernetwork; default: --seed"] = None
         anchor: Annotated[
-            bool, "Add a fixed matrix that reproduces an imported model's router exactly (set by import-hf)"
+            bool,
+            "Add a fixed matrix to the generated router, so that it starts as the router of an imported "
+            "model (mhr import-hf sets this option)",
         ] = False
         shared: Annotated[
             Literal["layer", "model"] | None,
-            "How many hypernetworks the model has. layer: one for each layer; model: one for all "
-            "layers (each layer has its own embedding); default: model if experts x hidden size "
+            "Number of hypernetworks. layer: one for each layer; model: one for the whole model, but "
+            "still one embedding for each layer; default: model if --num-experts x --hidden-size "
             "exceeds 2^18, else layer",
         ] = None
 
@@ -323,7 +325,10 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         """
         if self._promised is None or self._left == 0:
             promised = self._promised or 0
-            raise RuntimeError(f"more backward passes than the {promised} announced by begin_backward()")
+            raise RuntimeError(
+                f"layer {self.layer_number}: the router ran more backward passes than the {promised} that "
+                "begin_backward() announced"
+            )
         if self._left < self._promised and self._sum is not None:
             total_W_ED, total_b_E = self._sum
             total_W_ED.add_(grad_W_ED)

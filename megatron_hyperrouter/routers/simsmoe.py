@@ -74,39 +74,44 @@ class SimSMoERouter(Router, name="simsmoe"):
         frequency: Annotated[
             float,
             Gt(0.0),
-            "Compare two experts once the tokens routed to both add up to this many global batches",
+            "Compare two experts each time that the tokens routed to both of them add up to this many "
+            "global batches",
         ] = 16.0
         threshold: Annotated[
-            float, Ge(0.0), Le(1.0), "Ignore pairs of experts whose similarity is below this"
+            float, Ge(0.0), Le(1.0), "Ignore pairs of experts whose similarity is below this value"
         ] = 0.5
         kernel: Annotated[Literal["rbf", "linear"], "Kernel of the CKA similarity"] = "rbf"
         bandwidth: Annotated[
             Literal["median", "absolute"],
-            "Unit of --router.sigma. median: the median distance between tokens; absolute: 1",
+            "Unit of --router.sigma. median: the median distance between the compared outputs; absolute: 1",
         ] = "median"
-        sigma: Annotated[float, Gt(0.0), "Bandwidth of the rbf kernel"] = 0.8
+        sigma: Annotated[
+            float,
+            Gt(0.0),
+            "With --router.kernel rbf: bandwidth of the kernel, in the unit that --router.bandwidth sets",
+        ] = 0.8
         head: Annotated[
             Literal["mlp", "linear"],
             (
-                "Trained projection that expert outputs pass through before they are compared; all "
-                "experts of a layer share it"
+                "Type of the trained projection that is applied to expert outputs before they are "
+                "compared; all experts of a layer share one projection"
             ),
         ] = "mlp"
         head_width: Annotated[Count, "With --router.head mlp: number of hidden units"] = 64
         head_features: Annotated[
-            Count | None, "Number of features that --router.head computes; default: the number of experts"
+            Count | None, "Output size of the projection --router.head; default: --num-experts"
         ] = None
         min_tokens: Annotated[
             int,
             Ge(3),
-            "Compare two experts only if they share at least this many tokens in a micro-batch",
+            "Compare two experts only if a micro-batch has at least this many tokens that are routed to both",
         ] = 8
         max_tokens: Annotated[
-            int, Ge(3), "Largest number of tokens of a micro-batch that are used to compare a pair of experts"
+            int, Ge(3), "Maximum number of tokens of a micro-batch with which two experts are compared"
         ] = 512
         max_pairs: Annotated[
             Count,
-            ("Largest number of expert pairs to compare in one step; the other pairs wait for a later step"),
+            ("Maximum number of expert pairs to compare in one step; the other pairs wait for a later step"),
         ] = 8
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:

@@ -70,8 +70,8 @@ class StableMoERouter(Router, name="stablemoe"):
             Gt(0.0),
             Le(1.0),
             (
-                "Fraction of --train-iters in stage 1; after stage 1, routing is frozen; 1: routing is "
-                "never frozen"
+                "Length of stage 1, as a fraction of --train-iters. After stage 1, the routing is "
+                "frozen; 1: the routing is never frozen"
             ),
         ] = 0.1
         stage1_steps: Annotated[
@@ -83,11 +83,11 @@ class StableMoERouter(Router, name="stablemoe"):
             Count,
             ("Size of a token's embedding in the distilled router, which chooses the experts after stage 1"),
         ] = 50
-        balance_coeff: Annotated[float, Ge(0.0), "Weight of the balance loss in stage 1"] = 0.3
+        balance_coeff: Annotated[float, Ge(0.0), "Weight of the load-balancing loss in stage 1"] = 0.3
         distillation_coeff: Annotated[float, Ge(0.0), "Weight of the distillation loss in stage 1"] = 1.0
-        init_std: Annotated[float, Ge(0.0), Role.INITIAL, "Standard deviation of the initial centroids"] = (
-            0.02
-        )
+        init_std: Annotated[
+            float, Ge(0.0), Role.INITIAL, "Standard deviation of the initial expert centroids"
+        ] = 0.02
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
             """Only one option may set the length of stage 1."""
@@ -221,5 +221,6 @@ class StableMoERouter(Router, name="stablemoe"):
     def linear(self) -> tuple[Tensor, Tensor | None]:
         """Refused."""
         raise NotImplementedError(
-            "router stablemoe cannot be folded: its weights are sigmoids, and stage 2 routes by token ids"
+            "router stablemoe cannot be folded into a matrix, because its routing weights are sigmoids and "
+            "stage 2 routes by token ids"
         )

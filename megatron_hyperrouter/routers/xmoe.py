@@ -59,9 +59,11 @@ class XMoERouter(Router, name="xmoe"):
         ] = None
         score_function: Annotated[
             Literal["softmax", "sigmoid"],
-            "Function that turns logits into scores, before the experts are chosen",
+            "Function that turns logits into scores; the experts with the highest scores are chosen",
         ] = "softmax"
-        renormalise: Annotated[bool, "Divide the weights by their sum over the chosen experts"] = False
+        renormalise: Annotated[bool, "Divide the routing weights by their sum over the chosen experts"] = (
+            False
+        )
         normalize_input: Annotated[
             bool,
             "Normalize projected tokens to unit length, as in the paper; off: no normalization, as "

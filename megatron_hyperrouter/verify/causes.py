@@ -55,13 +55,13 @@ def _frozen(found: Evidence, reference: Evidence) -> Iterator[str]:
     ]
     if guilty:
         who = (
-            "on all ranks"
+            "all ranks"
             if len(guilty) == len(found.routers) > 1
-            else f"on rank {', '.join(map(str, guilty))}"
+            else f"{'ranks' if len(guilty) > 1 else 'rank'} {', '.join(map(str, guilty))}"
         )
         yield (
-            f"{who}, a frozen part (the hypernetwork) differs from that of one process; its seed may "
-            "be different, or its weights were not loaded"
+            f"the frozen weights of the router (such as the hypernetwork) on {who} differ from those of the "
+            "one-process run; perhaps the seeds differ, or the weights were not loaded"
         )
 
 
@@ -74,7 +74,7 @@ def _aux_loss(
         if other["aux_loss"]
     ]
     if factors and abs(factors[0] - 1) > tolerance and max(factors) - min(factors) <= tolerance * factors[0]:
-        yield f"the auxiliary loss is {_times(factors[0], sizes, tolerance)} that of one process"
+        yield f"the auxiliary loss is {_times(factors[0], sizes, tolerance)} that of the one-process run"
 
 
 def _gradients(
@@ -91,17 +91,18 @@ def _gradients(
     factors = [fits[name].factor for name in experts if fits[name].scaled(tolerance)]
     if factors and wrong <= experts and max(factors) - min(factors) <= tolerance * factors[0]:
         yield (
-            f"only the gradients of experts differ: they are {_times(factors[0], sizes, tolerance)} those of "
-            "one process"
+            "only the gradients of experts differ: they are "
+            f"{_times(factors[0], sizes, tolerance)} those of the one-process run"
         )
     elif wrong == {WORD_EMBEDDINGS}:
         yield (
-            "only the gradient of the embedding is wrong: its sum over pipeline stages or ranks is incomplete"
+            "only the gradient of the embedding differs; perhaps it is not summed over all pipeline stages "
+            "or ranks"
         )
     elif wrong and wrong == set(fits):
         every = [fit.factor for fit in fits.values()]
         if max(every) - min(every) <= tolerance * every[0]:
-            yield f"all gradients are {_times(every[0], sizes, tolerance)} those of one process"
+            yield f"all gradients are {_times(every[0], sizes, tolerance)} those of the one-process run"
 
 
 def _fit(difference: Tensor, expected: Tensor, scale: float) -> RatioFit:
@@ -118,7 +119,7 @@ def _times(factor: float, sizes: Mapping[str, int], tolerance: float) -> str:
         if size > 1 and abs(factor - size) <= tolerance * size
     ]
     near += [
-        f"1 / {name}, {name} = {size}"
+        f"1 / {name}, where {name} = {size}"
         for name, size in sizes.items()
         if size > 1 and abs(factor * size - 1) <= tolerance
     ]

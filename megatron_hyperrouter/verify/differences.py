@@ -147,7 +147,9 @@ def parse_layout(text: str) -> Layout:
         elif key in SHORT or key == "dp":
             least = 0 if key == "zero" else 1
             if not value.isdigit() or int(value) < least:
-                raise _bad_layout(text, f"{word}: must have an integer >= {least}, as in {key}=2")
+                raise _bad_layout(
+                    text, f"the value in {word} must be an integer of at least {least}, as in {key}=2"
+                )
             sizes[key] = int(value)
             if key != "dp":
                 overrides[SHORT[key]] = int(value)
@@ -155,7 +157,7 @@ def parse_layout(text: str) -> Layout:
             overrides[key.replace("-", "_").lstrip("_")] = _typed(value)
         else:
             raise _bad_layout(
-                text, f"{word} is not known; use dp, {', '.join(SHORT)}, or a setting in the form name=value"
+                text, f"{word} is not a size; use dp, {', '.join(SHORT)}, or a setting in the form name=value"
             )
     tensor, stages, context = sizes.get("tp", 1), sizes.get("pp", 1), sizes.get("cp", 1)
     if tensor > 1:
@@ -294,13 +296,13 @@ def check_names(layouts: Sequence[Layout]) -> None:
                 Problem(
                     "--layouts",
                     layout.text,
-                    "has an unknown fault",
+                    f"{layout.fault} is not a fault",
                     (f"use one of the faults {', '.join(FAULTS)}"),
                 )
             )
         for name in layout.overrides:
             if name not in tree_leaves() and not name.startswith("router."):
                 remedy = "use tp, pp, vpp, cp, ep, etp, dp or zero, or a setting of mhr train"
-                problems.append(Problem("--layouts", layout.text, f"there is no setting {name}", remedy))
+                problems.append(Problem("--layouts", layout.text, f"{name} is not a setting", remedy))
     if problems:
         raise ConfigError(problems)

@@ -91,7 +91,8 @@ class Here:
                 -3000:
             ]
             raise RuntimeError(
-                f"exit statuses of the {ranks} ranks: {codes}\n--- end of rank {guilty}'s log\n{tail}"
+                f"a run on {ranks} ranks failed; exit statuses of the ranks: {codes}\n"
+                f"--- end of the log of rank {guilty}\n{tail}"
             )
         told: list[dict[str, Any]] = json.loads(answer.read_text(encoding="utf-8"))
         return told

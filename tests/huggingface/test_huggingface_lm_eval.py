@@ -178,7 +178,9 @@ def test_what_no_folder_or_run_has(tmp_path: Path) -> None:
     make_up(tmp_path / "bias", TINY | {"router": {"name": "hyper", "bias": True}})
     words = ["--load", str(tmp_path / "bias"), "--output", str(tmp_path / "own"), "--no-proof"]
     export_hf.main([*words, "--custom-code"])
-    with pytest.raises(CheckpointError, match="if it is an export of this program, use its run"):
+    with pytest.raises(
+        CheckpointError, match="if mhr export-hf wrote this folder, use the run that was exported"
+    ):
         generate.main(["--load", str(tmp_path / "own"), "--prompt", "a"])
     words = ["--load", str(tmp_path / "bias"), "--tasks", "held_out", "--output", str(tmp_path / "s.json")]
     with pytest.raises(DataError, match="this run was imported and has no data"):

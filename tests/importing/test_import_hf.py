@@ -72,8 +72,10 @@ MOVED: dict[str, Any] = {
     "half a group": case("qwen3", *UP, "--granularity", "2", "--topk", "4", topks=[3]),
 }
 REFUSED: dict[str, Any] = {
-    "attention_bias is supported only on queries, keys and values": case("biased", topks=[]),
-    "a sliding window in only some layers is not supported": case("biased", topks=[]),
+    "attention_bias true is not supported, because it also adds a bias to the attention output": case(
+        "biased", topks=[]
+    ),
+    "use_sliding_window true is not supported, because it affects only some layers": case("biased", topks=[]),
     "rope_type longrope": case("biased", topks=[]),
     "model.layers.1.mlp.experts.3.up_proj.weight: missing": case("holed", topks=[]),
     "extra.weight: unexpected tensor": case("holed", topks=[]),
@@ -103,7 +105,7 @@ REFUSED: dict[str, Any] = {
     "--proof-topk = 2: must be 4: for any other k, DeepseekV3ForCausalLM chooses different experts": case(
         "deepseek_v3", "--proof-topk", "2", topks=[]
     ),
-    "its q/k norms are not supported, because they span all heads": case("olmoe", topks=[]),
+    "each of its q/k norms spans all heads, which is not supported": case("olmoe", topks=[]),
 }
 
 

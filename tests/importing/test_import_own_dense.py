@@ -50,7 +50,7 @@ def test_a_router_that_learns_nothing_is_noted(tmp_path: Path, capsys: pytest.Ca
     make_up(tmp_path / "dense", SETTINGS, small)
     words = ["--input", str(tmp_path / "dense"), "--output", str(tmp_path / "run"), "--upcycle", "4"]
     main([*words, "--no-proof", "--topk", "1"])
-    assert "k = 1: the weight of the only chosen expert is always 1" in capsys.readouterr().err
+    assert "k = 1: the routing weight of the only chosen expert is always 1" in capsys.readouterr().err
 
 
 def test_what_is_no_dense_run_is_refused(tmp_path: Path) -> None:

@@ -399,7 +399,7 @@ def test_distillation_teaches_the_light_router_what_depends_on_the_word():
 
 
 def test_it_does_not_fold():
-    with pytest.raises(NotImplementedError, match=r"stablemoe cannot be folded: .* sigmoids, .* token ids"):
+    with pytest.raises(NotImplementedError, match=r"stablemoe cannot be folded .* sigmoids .* token ids"):
         small().fold()
 
 

@@ -119,9 +119,9 @@ NAMED: dict[str, Callable[[dict[str, tuple[float, str]]], bool]] = {
 
 CAUSES = {
     FAULTS[0]: "only the gradients of experts differ: they are 2 times (EP = 2 or DP = 2)",
-    FAULTS[1]: "only the gradient of the embedding is wrong",
+    FAULTS[1]: "only the gradient of the embedding differs",
     FAULTS[2]: "the auxiliary loss is 2 times (TP = 2)",
-    FAULTS[3]: "on rank 1, a frozen part (the hypernetwork) differs",
+    FAULTS[3]: "the frozen weights of the router (such as the hypernetwork) on rank 1 differ",
 }
 
 
@@ -143,7 +143,7 @@ def test_nobody_else_is_blamed_for_the_hypernetwork(proof: Proof, layout: str) -
 @pytest.mark.parametrize(
     ("arguments", "settings", "world", "says"),
     [
-        (("--layouts", "dp=2,fault=gremlin"), SETTINGS, "1", "has an unknown fault"),
+        (("--layouts", "dp=2,fault=gremlin"), SETTINGS, "1", "gremlin is not a fault"),
         (
             ("--local_rank=0", "--layouts", "tp=none"),
             SETTINGS,
