@@ -35,10 +35,10 @@ class Machine:
             f"nodes; the latency is {self.latency * 1e6:.0f} us per message ({self.source})",
             f"the busiest expert-parallel rank has {self.skew:g} times the mean load of all ranks (--skew)",
             (
-                f"{self.reserve / 1e9:g} GB per GPU is reserved for CUDA, NCCL and kernels "
+                f"{self.reserve / 1e9:g} GB per GPU are reserved for CUDA, NCCL and kernel workspaces "
                 "(--reserve); memory fragmentation is not included"
             ),
-            "communication and computation do not overlap; tensor parallelism stays inside a node",
+            "communication does not overlap with computation; tensor-parallel ranks are in one node",
         ]
 
 
@@ -59,7 +59,7 @@ def calibrated(machine: Machine, path: Path) -> Machine:
     if not isinstance(found, dict) or "format" not in found:
         raise ConfigError([_bad(path, "must be a calibration file, but has no format number")])
     if found["format"] != FORMAT:
-        rule = f"has format {found['format']}, but this version reads format {FORMAT}"
+        rule = f"has format {found['format']}, but this version of mhr plan reads format {FORMAT}"
         raise ConfigError([_bad(path, rule)])
     values = {name: found[name] for name in MEASURED if found.get(name) is not None}
     for name, value in values.items():

@@ -29,8 +29,8 @@ def holdings(config: RunConfig, vocab_size: int, world_size: int) -> tuple[Model
         Candidate(config, world_size)
     )
     parts = [
-        f"{getattr(use, name) / _GIB:.3g} {name}" for name in PARTS if getattr(use, name) >= 0.001 * use.total
+        f"{name} {getattr(use, name) / _GIB:.3g}" for name in PARTS if getattr(use, name) >= 0.001 * use.total
     ]
     held = f"{counts[0]:,} parameters" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,} parameters"
-    needed = f"about {use.total / _GIB:.3g} GiB on the fullest rank: {', '.join(parts)}"
+    needed = f"about {use.total / _GIB:.3g} GiB on the rank that needs the most: {', '.join(parts)}"
     return model, [("per rank", held), ("memory", needed)]

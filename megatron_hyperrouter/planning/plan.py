@@ -37,6 +37,7 @@ _REMEDIES = {
     "logits": "increase tensor parallelism, or use a smaller --micro-batch-size",
     "buckets": "set a smaller reduce_bucket_size with --deepspeed-config, or use --engine megatron",
 }
+_WORDS = {"optimizer": "the optimizer state", "buckets": "the gradient buckets"}  # else the part's name
 GIB = 2.0**30
 
 
@@ -158,19 +159,20 @@ class Planner:
     def too_large(self, made: PlannedLayout) -> Refusal:
         """Why a layout does not fit, and what to do about the largest part."""
         use, part = made.use, made.use.largest()
+        word = _WORDS.get(part, part)
         reason = (
-            f"needs {use.total / GIB:.1f} GiB, but a GPU has {self.machine.memory / GIB:.1f}; the "
-            f"largest part is {part} ({getattr(use, part) / GIB:.1f} GiB): {_REMEDIES[part]}"
+            f"needs {use.total / GIB:.1f} GiB, but a GPU has {self.machine.memory / GIB:.1f} GiB; the "
+            f"largest part is {word} ({getattr(use, part) / GIB:.1f} GiB), so {_REMEDIES[part]}"
         )
-        cause = f"too large for a GPU; the largest part is {part}: {_REMEDIES[part]}"
+        cause = f"too large for a GPU; the largest part is {word}, so {_REMEDIES[part]}"
         return Refusal(made.candidate.layout(), reason, (cause,))
 
 
 def _nothing_runs(gpus: int, refusals: Sequence[Refusal]) -> Problem:
-    reason = refusals[0].reason if refusals else "there are no layouts"
+    reason = refusals[0].reason if refusals else "the parallel sizes do not divide the number of GPUs"
     return Problem(
         "--gpus",
         gpus,
-        (f"no layout on this many GPUs is valid; the first reason: {reason}"),
-        "change the setting in this reason, or use another number of GPUs",
+        f"no layout on this many GPUs is valid; reason for the first layout: {reason}",
+        "change the setting that this reason names, or use another number of GPUs",
     )

@@ -18,6 +18,11 @@ _SIZES = (
     ("DP", "data_parallel_size"),
 )
 _MOST_REASONS = 8
+_LEGEND = (
+    "optimizer: how the ranks divide the optimizer state (ZeRO stage; sharded: distributed optimizer).\n"
+    "micro: micro-batch size. GiB: predicted memory of the rank that needs the most.\n"
+    "s / step and tokens/s: predicted step time, and predicted speed of all GPUs together."
+)
 
 
 def text_of(plan: Plan, *, top: int, command: str) -> str:
@@ -30,7 +35,7 @@ def text_of(plan: Plan, *, top: int, command: str) -> str:
         parts += [_first(fitting[0])]
     parts += [_refusals(plan), "Assumptions:\n" + _lines(plan.machine.assumptions())]
     if fitting:
-        parts += ["Start the first layout:\n" + command]
+        parts += ["To train with layout 1, run:\n" + command]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -40,7 +45,8 @@ def _head(plan: Plan) -> str:
     k = first.model.moe_router_topk
     return (
         f"{size.total:,} parameters, {size.active(k):,} active at k = {k}; "
-        f"{plan.gpus} GPU{'s' if plan.gpus > 1 else ''} of {plan.machine.memory / GIB:.1f} GiB; "
+        f"{plan.gpus} GPU{'s' if plan.gpus > 1 else ''} with {plan.machine.memory / 1e9:.4g} GB "
+        f"({plan.machine.memory / GIB:.1f} GiB) of memory{' each' if plan.gpus > 1 else ''}; "
         f"each step has {first.train.global_batch_size:,} samples of "
         f"{first.model.seq_length:,} tokens.\n"
         f"{len(plan.layouts)} {'layout is' if len(plan.layouts) == 1 else 'layouts are'} "
@@ -50,7 +56,16 @@ def _head(plan: Plan) -> str:
 
 
 def _table(rows: Sequence[PlannedLayout]) -> str:
-    heads = ["", "engine", *(name for name, _ in _SIZES), "state", "recompute", "micro", "GiB", "s / step"]
+    heads = [
+        "",
+        "engine",
+        *(name for name, _ in _SIZES),
+        "optimizer",
+        "recompute",
+        "micro",
+        "GiB",
+        "s / step",
+    ]
     body = [[*heads, "tokens/s", "dry run, GiB"]]
     for number, row in enumerate(rows, start=1):
         layout = row.candidate.layout()
@@ -72,7 +87,7 @@ def _table(rows: Sequence[PlannedLayout]) -> str:
         )
     if not any(line[-1] for line in body[1:]):
         body = [line[:-1] for line in body]
-    return aligned(body) if rows else "No layout fits."
+    return f"{aligned(body)}\n{_LEGEND}" if rows else "No layout fits in memory."
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -88,7 +103,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _distributed(layout: dict[str, object]) -> str:
-    return "split" if layout["use_distributed_optimizer"] else "whole"
+    return "sharded" if layout["use_distributed_optimizer"] else "replicated"
 
 
 def _first(row: PlannedLayout) -> str:
@@ -96,18 +111,19 @@ def _first(row: PlannedLayout) -> str:
     counts = sorted(set(row.parameters))
     ranks = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     return (
-        f"Memory of the first layout in GiB, on the fullest rank: {', '.join(memory)}. Parameters "
-        f"per rank: {ranks}.\nSeconds per step: {times_of(row)}."
+        f"Layout 1, predicted memory in GiB on the rank that needs the most: {', '.join(memory)}.\n"
+        f"Layout 1, parameters per rank: {ranks}.\n"
+        f"Layout 1, predicted seconds per step: {times_of(row)}."
     )
 
 
 def times_of(row: PlannedLayout) -> str:
     """The parts of the step time."""
     names = {
-        "compute": "computing",
+        "compute": "computation",
         "inside": "communication inside nodes",
         "outside": "communication between nodes",
-        "latency": "latency of messages",
+        "latency": "message latency",
     }
     return ", ".join(f"{names[name]} {value:.3g}" for name, value in row.times.items())
 

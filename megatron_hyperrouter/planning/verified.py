@@ -24,7 +24,10 @@ def verify(plan: Plan, best: int, vocab_size: int, note: Callable[[str], None]) 
     """Dry runs of the ``best`` layouts; a layout that needs more memory than a GPU has becomes refused."""
     asked = [(each, rank) for each in plan.fitting[:best] for rank in ranks_of(plan.gpus)]
     tasks = [task_of(each.candidate, rank, vocab_size, plan.machine.skew) for each, rank in asked]
-    note(f"dry run of {len(tasks)} ranks: each builds its engine and runs {_STEPS} steps with fake tensors")
+    note(
+        f"dry run of {len(tasks)} ranks: each rank builds its engine and runs {_STEPS} steps with fake "
+        "tensors"
+    )
     for (each, rank), told in zip(asked, answers(tasks), strict=True):
         if "error" in told:
             note(
@@ -38,8 +41,8 @@ def verify(plan: Plan, best: int, vocab_size: int, note: Callable[[str], None]) 
         if peak > plan.machine.memory:
             each.fits = False
             reason = (
-                f"a dry run needs {peak / GIB:.1f} GiB, but a GPU has {plan.machine.memory / GIB:.1f} "
-                f"(the formula predicts {each.use.total / GIB:.1f})"
+                f"its dry run needs {peak / GIB:.1f} GiB, but a GPU has {plan.machine.memory / GIB:.1f} GiB "
+                f"({each.use.total / GIB:.1f} GiB were predicted)"
             )
             plan.refused.append(Refusal(each.candidate.layout(), reason, (reason,)))
     plan.layouts.sort(key=lambda each: not each.fits)
@@ -100,7 +103,8 @@ def answers(tasks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def _compared(number: int, each: PlannedLayout, told: dict[str, Any]) -> str:
     rank = told["rank"]
-    same = "as predicted" if told["parameters"] == each.parameters[rank] else "NOT as predicted"
+    predicted = each.parameters[rank]
+    same = "as predicted" if told["parameters"] == predicted else f"but {predicted:,} were predicted"
     return (
         f"layout {number}, rank {rank}: {told['parameters']:,} parameters, {same}; "
         f"{told['built_bytes'] / GIB:.2f} GiB after the engine is built, "

@@ -112,7 +112,7 @@ def test_text(done: tuple[Any, Any]) -> None:
     for words in (
         "8 GPUs",
         "Assumptions:",
-        "Start the first layout:",
+        "To train with layout 1, run:",
         "layouts are ruled out",
         "pretrain_gpt_hyperrouter.py",
     ):
@@ -127,7 +127,7 @@ def test_flags_of_a_layout_ask_for_it_whatever_the_file_says(
         config = parse([*command, *each["flags"]], routers=ROUTERS, world_size=8)
         assert Candidate(config, 8).layout() == each["layout"]
     # the printed command starts the first of them
-    line = shlex.split(done[0].stdout.split("Start the first layout:")[1].replace("\\\n", ""))
+    line = shlex.split(done[0].stdout.split("To train with layout 1, run:")[1].replace("\\\n", ""))
     printed = line[line.index("--config") :]
     config = parse([*printed, "--mock-data"], routers=ROUTERS, world_size=8)
     assert Candidate(config, 8).layout() == done[1]["layouts"][0]["layout"]

@@ -78,7 +78,7 @@ def test_a_dry_run_shows_the_run_and_starts_nothing(zygote: Zygote, tmp_path: Pa
     flags = [*TINY, *TRIAL, "--run-dir", str(tmp_path / "run"), "--dry-run"]
     done = zygote.run([*flags, "--world-size", "4", "--expert-model-parallel-size", "4"], ranks=1)
     assert "4 ranks; parallel sizes: data 4, expert 4" in done.stdout
-    assert "on the fullest rank" in done.stdout and "parameters" in done.stdout
+    assert "on the rank that needs the most" in done.stdout and "parameters" in done.stdout
     assert not (tmp_path / "run").exists()
     refused = zygote.run(
         [*flags, "--world-size", "3", "--expert-model-parallel-size", "2"], ranks=1, expect=2
@@ -92,7 +92,7 @@ def test_a_dry_run_where_neither_tokenizer_nor_data_is(zygote: Zygote, tmp_path:
     flags += ["--tokenizer-model", "no/such/tokenizer.json", "--tokenizer-type", "HuggingFaceTokenizer"]
     done = zygote.run(flags, ranks=1)
     assert "the number of epochs or the size of the embedding: " in done.stdout + done.stderr
-    assert "on the fullest rank" in done.stdout and "the settings are valid" in done.stdout
+    assert "on the rank that needs the most" in done.stdout and "the settings are valid" in done.stdout
 
 
 @pytest.fixture(scope="module")
