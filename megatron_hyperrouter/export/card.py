@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.data.tokenize.base import Tokenizer
     from megatron_hyperrouter.export.classes.target import Target
 
-_SCHEDULE = "k changed from {start} to {end} during training ({kind})"
+_SCHEDULE = "the number of active experts k changed from {start} to {end} during training ({kind} schedule)"
 
 
 def write_card(
@@ -43,7 +43,7 @@ def _about(job: Export, step: int) -> str:
     router = (
         "Its router needs the modeling file in this folder."
         if job.gates.target.custom_code
-        else "The router is folded into a plain matrix."
+        else "The router is stored as a plain matrix."
     )
     return (
         f"# {Path(run.logging.run_dir).name}\n\n"
@@ -71,7 +71,7 @@ def _topks(job: Export, proof: dict[str, Any] | None) -> str:
         f"and is {job.topk} by default."
     )
     if proof is None:
-        return text + "  This folder was not compared with the training program."
+        return text + "  This model was not compared with the training program."
     rows = [f"| {row['topk']} | {row['perplexity_hf']:.4f} |" for row in proof["results"]]
     table = "\n".join(["| k | perplexity |", "|---|---|", *rows])
     return f"{text}  Perplexity on {proof['tokens']} tokens ({proof['data']}):\n\n{table}"
@@ -79,14 +79,14 @@ def _topks(job: Export, proof: dict[str, Any] | None) -> str:
 
 def _limits(job: Export) -> str:
     lines = [
-        "`certificate.json` has the digests of all files and tensors.  It also has the results of the "
-        f"test that transformers computes the same logits as the training program (weights in {job.dtype}).  "
-        f"`mhr export-hf --verify FOLDER` checks a copy of this folder."
+        "`certificate.json` has the digests of all files and tensors.  It also has the results of a test "
+        "that compares the logits of transformers with those of the training program (weights in "
+        f"{job.dtype}).  `mhr export-hf --verify FOLDER` checks whether a copy of this folder is unchanged."
     ]
     padded = job.run.model.make_vocab_size_divisible_by
     lines.append(
-        f"The embedding may have more rows than the tokenizer has ids: their number is rounded up to a "
-        f"multiple of {padded}.  Additional rows were not trained."
+        "The embedding may have more rows than the tokenizer has token ids, because the number of rows is "
+        f"rounded up to a multiple of {padded}.  The additional rows were not trained."
     )
     lines += [f"{line[0].upper()}{line[1:]}." for line in job.notes]
     return "## Limits\n\n" + "\n\n".join(lines)
@@ -99,7 +99,10 @@ def notes_of(run: RunConfig, tokenizer: Tokenizer, target: Target) -> Iterator[s
     elif end_of_text(tokenizer) is None:
         yield "the tokenizer has no usable end-of-document token, so the exported model has no eos_token"
     if run.model.mtp_num_layers is not None:
-        yield "the layers for multi-token prediction are not exported; predicting the next token needs none"
+        yield (
+            "the layers for multi-token prediction are not exported; the prediction of the next token does "
+            "not need them"
+        )
     if run.model.moe_expert_capacity_factor is not None:
         yield "training dropped tokens that exceeded the capacity of an expert; the exported model drops none"
     if target.model_type == "deepseek_v2" and rope_type(run) == "yarn" and run.attention.mscale_all_dim:

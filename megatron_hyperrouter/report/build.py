@@ -80,11 +80,16 @@ def lead(sources: Sequence[Source]) -> str:
         (Comparison, "comparison of routers"),
         (Finetuning, "fine-tuning"),
         (ScalingStudy, "scaling study"),
-        (Findings, "file of measurements"),
+        (Findings, "file of mhr evaluate or mhr analyze"),
     )
     counts = [(sum(isinstance(source, kind) for source in sources), word) for kind, word in kinds]
     words = [f"{count} {_plural(word, count)}" for count, word in counts if count]
-    return f"Report of {' and '.join(words)}, written by mhr report."
+    return f"Report of {_listed(words)}, written by mhr report."
+
+
+def _listed(words: Sequence[str]) -> str:
+    head = ", ".join(words[:-1])
+    return f"{head} and {words[-1]}" if head else words[-1]
 
 
 def _plural(word: str, count: int) -> str:

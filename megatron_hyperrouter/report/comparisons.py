@@ -11,6 +11,7 @@ from megatron_hyperrouter.report.findings import (
     JACOBIAN,
     JACOBIAN_NOTE,
     MEASURES,
+    MEASURES_NOTE,
     loads_figure,
     routes_chapter,
     similarity_figure,
@@ -51,22 +52,22 @@ def chapters(study: Comparison, drawing: Drawing) -> list[Section]:
 
 def verdict_chapter(study: Comparison) -> Section:
     """What was asked before the runs, and the answers."""
-    section = Section("Verdicts")
+    section = Section("Planned comparisons")
     named = verdicts.parse(study.study.get("comparisons", []))
     effect = float(study.study.get("effect", 0.02))
     rows = [each.cells() for each in verdicts.verdicts(study.runs, named, effect=effect)]
     if not rows:
         section.text(
-            "No comparison was planned before the runs (mhr compare --comparisons), so the tables "
-            "below have no significance tests."
+            "No comparison was planned before the runs (mhr compare --comparisons), so this report "
+            "has no significance tests."
         )
         return section
     section.table(verdicts.HEADS, rows, name="verdicts", note=verdicts.about(effect))
     if control := study.study.get("control"):
         section.text(
             f"{control} is the control: a random router that is never trained. At the start of "
-            "training, its logits have the same standard deviation as those of the compared router. "
-            "A gain over the control is therefore not due to the scale of the logits."
+            "training, its logits have the same standard deviation as those of HyperRouter. If "
+            "HyperRouter is better than the control, the scale of the logits is not the reason."
         )
     return section
 
@@ -82,7 +83,12 @@ def quality_chapter(study: Comparison, drawing: Drawing, unit: str) -> Section:
         for label, row in table.items()
     ]
     heads = ["router", "seeds", *(f"k = {k}" for k in ks)]
-    section.table(heads, rows, name="quality", note=f"{unit.capitalize()} on the test split. {_MEANING}")
+    section.table(
+        heads,
+        rows,
+        name="quality",
+        note=f"{unit.capitalize()} on the test split with k active experts. {_MEANING}",
+    )
 
     def against_k(table: Mapping[str, Mapping[str, Interval]], ylabel: str, skip: int = 0) -> Any:
         def fill(axes: Any) -> None:
@@ -113,7 +119,8 @@ def quality_chapter(study: Comparison, drawing: Drawing, unit: str) -> Section:
         return fill
 
     section.figure(
-        drawing.draw(against_k(table, unit)), f"Mean and 95 % interval over seeds: {unit} against k."
+        drawing.draw(against_k(table, unit)),
+        f"{unit.capitalize()} at each k: mean and 95 % interval over seeds.",
     )
     apart = differences(study.runs)
     if apart:
@@ -122,12 +129,13 @@ def quality_chapter(study: Comparison, drawing: Drawing, unit: str) -> Section:
             [f"{label} minus {first}", *(with_half(*row[name], ".4f", "+") for name in scored)]
             for label, row in apart.items()
         ]
-        section.table(["paired by seed", *(f"k = {k}" for k in ks)], rows, name="differences")
+        section.table(["difference", *(f"k = {k}" for k in ks)], rows, name="differences")
         section.figure(
             drawing.draw(against_k(apart, f"{unit}, minus {first}", skip=1)),
             (
-                f"Differences from {first}, paired by seed, which reduces their variance. An "
-                "interval that contains 0 does not show a difference."
+                f"Differences between each router and {first}: mean and 95 % interval over seeds. Each "
+                "difference is between two runs with the same seed, which reduces the variance. If an "
+                "interval contains 0, the runs do not show a difference."
             ),
         )
     return section
@@ -187,11 +195,15 @@ def work_chapter(study: Comparison, drawing: Drawing, unit: str) -> Section:
         drawing.draw(fill),
         (
             "One point for each router and k. The grey band is the Pareto front: it joins the "
-            "points that no other point beats in both FLOPs and score."
+            "points for which no other point has both fewer FLOPs and a lower loss."
         ),
     )
-    heads = ["router", "training, total", *(f"forward, k = {k}" for k in ks)]
-    note = "FLOPs: 2 per active parameter, plus attention. Frozen networks of routers are not counted."
+    heads = ["router", "whole training", *(f"forward, k = {k}" for k in ks)]
+    note = (
+        "Estimated FLOPs of the whole training, and of the forward pass of one token with k active "
+        "experts. A forward pass takes 2 FLOPs per active parameter, plus attention. A training step "
+        "takes 3 times as many. Frozen hypernetworks are not counted."
+    )
     section.table(heads, rows, name="flops", note=note)
     return section
 
@@ -212,7 +224,7 @@ def routing_chapter(study: Comparison, drawing: Drawing) -> Section:
                     ]
                     rows.append([label, k, layer, *shown])
     heads = ["router", "k", "layer", *(head for _, head, _ in MEASURES)]
-    section.table(heads, rows, name="routing", note=_MEANING)
+    section.table(heads, rows, name="routing", note=f"{MEASURES_NOTE} {_MEANING}")
     if rows:
         section.figure(_layer_figure(study, drawing), _LAYERS)
     return section
@@ -249,7 +261,7 @@ def matrix_chapters(firsts: Mapping[str, Sequence[Record]], drawing: Drawing) ->
         similarity_figure(firsts, drawing),
         (
             "Linear CKA between the outputs of two experts for the same tokens, for "
-            "the first seed (1: alike, near 0: unrelated)."
+            "the first seed (1: equal up to rotation and scale; near 0: unrelated)."
         ),
     )
     return [loads, alike]
@@ -286,7 +298,11 @@ def facts_chapter(study: Comparison) -> Section:
         steps = sorted({told["steps"] for told in seeds.values()})
         time = f"{1e3 * sum(times) / len(times):.1f}" if alone else "-"
         rows.append([label, " ".join(map(str, seeds)), " or ".join(map(str, steps)), time, router])
-    note = "" if alone else "Step times are left out: several runs shared the machine."
+    note = (
+        ""
+        if alone
+        else "Step times are not shown, because several runs shared the machine (mhr compare --jobs)."
+    )
     section.table(["router", "seeds", "steps", "step, ms", "options"], rows, name="runs", note=note)
     return section
 
@@ -321,12 +337,14 @@ def _of(seeds: Mapping[int, Record], topk: int, layer: int, name: str) -> list[A
 
 
 def _band(study: Comparison) -> str:
-    return "With a single seed there is no interval." if max(map(len, study.runs.values())) < 2 else ""
+    return (
+        "There is only one seed, so there is no interval." if max(map(len, study.runs.values())) < 2 else ""
+    )
 
 
 _MEANING = "Mean ± half of the 95 % t-interval over seeds."
 _LAYERS = (
-    "By layer, at the final k of training: mean and 95 % interval over seeds. Entropy depends on "
-    "the scale of the logits. A lower entropy does not mean a better router unless mutual "
+    "Each layer, at the final k of training: mean and 95 % interval over seeds. Entropy depends on "
+    "the scale of the logits. A router with lower entropy is more decisive only if its mutual "
     "information is higher, too."
 )

@@ -14,17 +14,25 @@ MEASURES = (
     ("logit_std", "logit std", ".3f"),
     ("mutual_information", "mutual information, nats", ".3f"),
     ("load_max_over_mean", "largest load / mean", ".2f"),
-    ("effective_experts", "effective experts, share", ".2f"),
+    ("effective_experts", "effective experts / all", ".2f"),
     ("dead_experts", "dead experts", ".0f"),
     ("mean_similarity", "mean similarity", ".3f"),
     ("largest_similarity", "largest similarity", ".3f"),
 )
+MEASURES_NOTE = (
+    "Entropy: of the softmax of a token's logits over all experts. Logit std: standard deviation of a "
+    "token's logits. Mutual information: between token and expert; it is 0 if the router scores are the "
+    "same for every token. Load: number of tokens that an expert gets. Effective experts: exp of the "
+    "entropy of the loads (all experts if the loads are equal). Dead experts: number of experts with less "
+    "than 5 % of the mean load. Similarity: linear CKA between the outputs of two experts, mean and "
+    "largest value over all pairs."
+)
 JACOBIAN = (
-    ("share", "share of J_R", ".3f"),
-    ("effective_rank", "effective rank", ".1f"),
+    ("share", "share of J_R in J", ".3f"),
+    ("effective_rank", "effective rank of J_R", ".1f"),
     ("drift", "drift of the span", ".4f"),
-    ("inputs_in_span", "inputs in the span", ".3f"),
-    ("inputs_by_chance", "expected by chance", ".3f"),
+    ("inputs_in_span", "inputs in span", ".3f"),
+    ("inputs_by_chance", "inputs in span, by chance", ".3f"),
 )
 
 
@@ -44,7 +52,7 @@ def quality_chapter(found: Mapping[str, Mapping[str, Any]], drawing: Drawing, ti
         for row in content["results"]
     ]
     heads = ["model", "k", "nats per token", "perplexity per token", "bits per byte", "perplexity per word"]
-    section.table(heads, rows, name="quality")
+    section.table(heads, rows, name="quality", note="Scores of each model with k active experts per token.")
 
     def fill(axes: Any) -> None:
         series = {}
@@ -53,7 +61,7 @@ def quality_chapter(found: Mapping[str, Mapping[str, Any]], drawing: Drawing, ti
             series[name] = Line([r["topk"] for r in ordered], [r["lm_loss"] for r in ordered], marker="o")
         lines(axes, series, xlabel="active experts k", ylabel="loss, nats per token", log_x=True)
 
-    section.figure(drawing.draw(fill), "The same weights, evaluated with k experts per token.")
+    section.figure(drawing.draw(fill), "Loss at each k. All points of a line have the same weights.")
     return section
 
 
@@ -71,7 +79,7 @@ def analysis_chapters(content: Mapping[str, Any], drawing: Drawing, title: str =
         for result in results
         for row in result["layers"]
     ]
-    measures.table(["k", "layer", *(head for _, head, _ in shown)], rows, name="routing")
+    measures.table(["k", "layer", *(head for _, head, _ in shown)], rows, name="routing", note=MEASURES_NOTE)
     last = results[-1]
     measures.figure(
         loads_figure({f"k = {last['topk']}": last["layers"]}, drawing),
@@ -94,7 +102,7 @@ def loads_figure(models: Mapping[str, Sequence[Mapping[str, Any]]], drawing: Dra
         for each, (name, layers) in zip(_flat(axes), models.items(), strict=False):
             matrix = [sorted(row["load"], reverse=True) for row in layers]
             image = heat(each, matrix, title=name, low=0.0, high=2.0, cmap="RdBu_r")
-            each.set(xlabel="expert, by load", ylabel="layer")
+            each.set(xlabel="experts, sorted by load", ylabel="layer")
             each.set_xticks([])
             each.set_yticks(range(len(layers)), [str(row["layer"]) for row in layers])
             each.figure.colorbar(image, ax=each, extend="max")
@@ -130,10 +138,10 @@ def similarity_figure(models: Mapping[str, Sequence[Mapping[str, Any]]], drawing
 def similarity_caption(layers: Sequence[Mapping[str, Any]]) -> str:
     """What the matrices show."""
     means = [row["mean_similarity"] for row in layers if row["mean_similarity"] is not None]
-    mean = f" Mean over pairs and layers: {sum(means) / len(means):.3f}." if means else ""
+    mean = f" Mean over all pairs and layers: {sum(means) / len(means):.3f}." if means else ""
     return (
         "Linear CKA between the outputs of two experts for the same tokens "
-        f"(1: alike, near 0: unrelated).{mean}"
+        f"(1: equal up to rotation and scale; near 0: unrelated).{mean}"
     )
 
 
@@ -152,16 +160,19 @@ def jacobian_chapter(results: Sequence[Mapping[str, Any]], title: str = "") -> S
 
 
 JACOBIAN_NOTE = (
-    "J_R is the part of a layer's Jacobian that comes from the router. Its rows are in the span of "
-    "the router matrix. Drift is the share of this span that lies outside the span at the start of "
-    "training; it is 0 for a fixed router. At k = 1, J_R is 0 if the weights sum to 1, because "
-    "the only weight is then constant."
+    "J is the Jacobian of an MoE layer, and J_R is the part of J that comes from the router. Share of "
+    "J_R in J: |J_R|^2 / |J|^2, mean over tokens. Effective rank: exp of the entropy of the eigenvalues "
+    "of the mean of J_R^T J_R. The span is that of the rows of the router matrix. Drift: share of the "
+    "span that lies outside the span at the start of training (0: the router has not moved). Inputs in "
+    "span: share of the variance of the layer's inputs that lies in the span; the last column is this "
+    "share for a random span of the same dimension. At k = 1, J_R is 0 if the routing weights sum to 1, "
+    "because the only weight is then constant. A router that is not a linear map has no span (-)."
 )
 
 
 def routes_chapter(models: Mapping[str, Mapping[str, Any]], drawing: Drawing, title: str = "") -> Section:
     """Saturation and fluctuation of the first and the last layer over the checkpoints."""
-    section = Section(f"Routes over time{title}")
+    section = Section(f"Routing over time{title}")
 
     def fill(axes: Any) -> None:
         kept: dict[str, Line] = {}
@@ -183,10 +194,10 @@ def routes_chapter(models: Mapping[str, Mapping[str, Any]], drawing: Drawing, ti
     over = next(iter(models.values()))
     section.figure(
         drawing.draw(fill, size=(8.0, 3.0), grid=(1, 2)),
-        f"The routing of {over['tokens']:,} fixed tokens with k = {over['topk']}. Saturation: the "
-        "share of expert choices that are the same at the last checkpoint. Fluctuation: the share "
-        "of tokens whose top-1 expert differs from that at the previous checkpoint. Dotted "
-        "lines: values expected by chance.",
+        f"How {over['tokens']:,} fixed tokens are routed with k = {over['topk']} at each checkpoint. "
+        "Saturation: share of the chosen experts that the last checkpoint chooses, too. Fluctuation: "
+        "share of tokens whose top-1 expert differs from their top-1 expert at the previous checkpoint. "
+        "Dotted lines: values of random routing.",
     )
     return section
 

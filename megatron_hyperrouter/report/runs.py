@@ -21,11 +21,11 @@ _FACTS = (  # of a run's settings: what to call each, and its name
     ("layers", "num_layers"),
     ("hidden size", "hidden_size"),
     ("experts", "num_experts"),
-    ("k", "moe_router_topk"),
+    ("active experts k", "moe_router_topk"),
     ("schedule of k", "topk_schedule"),
     ("sequence length", "seq_length"),
-    ("global batch", "global_batch_size"),
-    ("steps", "train_iters"),
+    ("global batch size", "global_batch_size"),
+    ("planned steps", "train_iters"),
     ("learning rate", "lr"),
     ("seed", "seed"),
 )
@@ -63,10 +63,10 @@ def _summary() -> list[tuple[str, Callable[[TrainingRun], str]]]:
         ("router", lambda run: str((run.settings.get("router") or {}).get("name", "hyper"))),
         ("state", state),
         ("steps taken", lambda run: str(run.steps[-1]["step"]) if run.steps else "0"),
-        ("tokens", lambda run: f"{run.steps[-1].get('consumed_tokens', 0):,}" if run.steps else "0"),
-        ("last training loss, nats per token", lambda run: cell(last(run, "lm_loss"), ".4f")),
-        ("last validation", lambda run: last_score(run, "valid")),
-        ("test", lambda run: last_score(run, "test")),
+        ("training tokens", lambda run: f"{run.steps[-1].get('consumed_tokens', 0):,}" if run.steps else "0"),
+        ("training loss at the last step, nats per token", lambda run: cell(last(run, "lm_loss"), ".4f")),
+        ("last validation loss", lambda run: last_score(run, "valid")),
+        ("test loss", lambda run: last_score(run, "test")),
         ("alarms", lambda run: str(sum(event.get("event") == "alarm" for event in run.events))),
     ]
 
@@ -101,11 +101,12 @@ def loss_chapter(named: Mapping[str, TrainingRun], drawing: Drawing) -> Section:
                 series[f"{name}, validation"] = Line(*points, style="--", marker="o")
         lines(axes, series, xlabel="step", ylabel="loss, nats per token")
 
-    mean = "" if window == 1 else f" The training loss is averaged over the last {window} steps."
-    section.figure(drawing.draw(fill), f"Loss against steps.{mean}")
+    mean = "" if window == 1 else f" Each training loss is the mean of {window} steps."
+    section.figure(drawing.draw(fill), f"Loss at each step.{mean}")
     panels = [("grad_norm", "gradient norm"), ("learning_rate", "learning rate"), ("topk", "k")]
     section.figure(
-        _panels(named, panels, drawing), "Gradient norm before clipping, learning rate, and active experts k."
+        _panels(named, panels, drawing),
+        "Gradient norm before clipping, learning rate, and number of active experts k.",
     )
     return section
 
@@ -138,11 +139,12 @@ def router_chapter(named: Mapping[str, TrainingRun], drawing: Drawing) -> Sectio
             section.figure(_layers(run, part, drawing, legend=first == 0))
     if section.parts:
         section.text(
-            "For each layer, measured on training batches. Entropy is that of the softmax over all "
-            "experts. It depends on the scale of the logits, so read it together with their "
-            "standard deviation. Mutual information is 0 if the router scores are the same for "
-            "every token. Low entropy with low mutual information means that the router has "
-            "collapsed. An expert is dead if it has less than 5 % of the mean load."
+            "For each layer, measured on training batches. Entropy: of the softmax of a token's logits "
+            "over all experts. It depends on the scale of the logits, so read it together with the "
+            "logit std, the standard deviation of a token's logits. Mutual information: between token "
+            "and expert; it is 0 if the router scores are the same for every token. If both entropy "
+            "and mutual information are low, the router has collapsed. An expert is dead if it has "
+            "less than 5 % of the mean load."
         )
     return section
 
@@ -182,8 +184,10 @@ def speed_chapter(named: Mapping[str, TrainingRun], drawing: Drawing) -> Section
                     f"{sum(times) / 60:,.1f}",
                 ]
             )
-    heads = ["run", "step, ms", "tokens/s", "TFLOP/s per device", "peak memory, GiB", "minutes in steps"]
-    section.table(heads, rows, name="speed", note="Medians over all steps.")
+    heads = ["run", "step, ms", "tokens/s", "TFLOP/s per device", "peak memory, GiB", "all steps, minutes"]
+    section.table(
+        heads, rows, name="speed", note="Step time, tokens/s and TFLOP/s are medians over all steps."
+    )
     if rows:
         panels = [("tokens_per_second", "tokens/s"), ("step_time", "step, s")]
         section.figure(_panels(named, panels, drawing))
@@ -203,10 +207,12 @@ def events_chapter(named: Mapping[str, TrainingRun]) -> Section:
             rest = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known)
             minutes = (float(event.get("time", began)) - began) / 60
             rows.append([name, event.get("event"), event.get("step"), f"{minutes:.1f}", rest])
-    note = "Minutes since the first event."
+    note = "Column minutes: time since the first event of the run."
     if len(rows) > _MOST_EVENTS:
-        note += f" The first {_MOST_EVENTS} of {len(rows)} events; events.jsonl has all of them."
-    heads = ["run", "event", "step", "minutes", "facts"]
+        note += (
+            f" The table shows the first {_MOST_EVENTS} of {len(rows)} events; events.jsonl has all of them."
+        )
+    heads = ["run", "event", "step", "minutes", "details"]
     section.table(heads, rows[:_MOST_EVENTS], name="events", note=note)
     return section
 

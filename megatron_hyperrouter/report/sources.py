@@ -107,9 +107,9 @@ def read(path: Path) -> Source:
         content = _json(path)
         if _kind(content):
             return Findings(path, content)
-        raise _unknown(path, "was not written by mhr evaluate or mhr analyze")
+        raise _unknown(path, "must be an output file of mhr evaluate or mhr analyze, but is not")
     if not path.is_dir():
-        raise _unknown(path, "does not exist")
+        raise _unknown(path, "must be an existing file or folder")
     if finished := sorted(path.glob("runs/*/results.json")):
         first = _json(finished[0])
         if "expert_similarity" in first:
@@ -123,7 +123,7 @@ def read(path: Path) -> Source:
             return Finetuning(path, rows)
     if (path / "metrics.jsonl").is_file():
         return read_run(path)
-    raise _unknown(path, "contains neither a run nor a finished study")
+    raise _unknown(path, "must be the folder of a run or of a study with finished runs, but is not")
 
 
 def read_run(folder: Path) -> TrainingRun:

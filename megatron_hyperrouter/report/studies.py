@@ -11,12 +11,15 @@ from megatron_hyperrouter.report.page import Section
 from megatron_hyperrouter.report.sources import Finetuning, ScalingStudy, names_of
 from megatron_hyperrouter.studies.tables import with_half
 
+_COLUMNS = (
+    "The columns of runs.csv. Times are in seconds, memory is in bytes, and losses are in nats per token."
+)
 SCORES = (("accuracy", ".4f"), ("macro_f1", ".4f"), ("loss", ".4f"), ("ece", ".4f"))
 
 
 def finetuning_chapters(tunings: Sequence[Finetuning], drawing: Drawing) -> list[Section]:
     """Scores of each fine-tuned model at each k."""
-    section = Section("Transfer")
+    section = Section("Fine-tuning")
     rows: list[list[object]] = []
     series: dict[str, Line] = {}
     names = names_of([tuning.folder for tuning in tunings])
@@ -32,11 +35,11 @@ def finetuning_chapters(tunings: Sequence[Finetuning], drawing: Drawing) -> list
             if split == "test" or len(splits) == 1:
                 pairs = [mean_and_half([row["accuracy"] for row in group]) for group in table.values()]
                 series[name] = Line(ks, [m for m, _ in pairs], [half or 0.0 for _, half in pairs], marker="o")
-    heads = ["task and model", "split", "k", "seeds", *(measure.replace("_", " ") for measure, _ in SCORES)]
+    heads = ["fine-tuning run", "split", "k", "seeds", *(measure.replace("_", " ") for measure, _ in SCORES)]
     note = (
         "Mean ± half of the 95 % t-interval over seeds. ECE: expected calibration error. The "
-        "interval covers the seeds of fine-tuning, but not the choice of the test texts: on n other "
-        "texts, the accuracy can differ by up to 1 / sqrt(n)."
+        "interval covers the variation between fine-tuning seeds, but not the choice of test texts: "
+        "on n other test texts, the accuracy can differ by up to 1 / sqrt(n)."
     )
     section.table(heads, rows, name="transfer", note=note)
 
@@ -44,7 +47,9 @@ def finetuning_chapters(tunings: Sequence[Finetuning], drawing: Drawing) -> list
         lines(axes, series, xlabel="active experts k at test", ylabel="accuracy", log_x=True)
 
     if series:
-        section.figure(drawing.draw(fill), "Accuracy on the test set against k.")
+        section.figure(
+            drawing.draw(fill), "Accuracy on the test set at each k: mean and 95 % interval over seeds."
+        )
     return [section]
 
 
@@ -54,19 +59,21 @@ def scaling_chapters(study: ScalingStudy, drawing: Drawing) -> list[Section]:
         return []
     heads = list(study.rows[0])
     runs, found = Section("Runs"), Section("Loss and size" if "flops" in heads else "Speed")
-    runs.table(heads, [[_short(row[head]) for head in heads] for row in study.rows], name="runs")
+    runs.table(
+        heads, [[_short(row[head]) for head in heads] for row in study.rows], name="runs", note=_COLUMNS
+    )
     if "flops" in heads:
         losses = [head for head in heads if head.startswith("bits_per_byte")]
         known = [head for head in losses if all(row[head] for row in study.rows)]
         shown = known or [head for head in heads if head.startswith("lm_loss")]
         found.figure(
-            _work_figure(study.rows, shown, drawing), ("One point for each run; both axes are logarithmic.")
+            _work_figure(study.rows, shown, drawing), "One point for each run; both axes are logarithmic."
         )
         _fits(found, study.curves)
     elif "tokens_per_second" in heads:
         found.figure(
             _speed_figure(study.rows, drawing),
-            "Tokens per second against the number of ranks, one line per layout.",
+            "Tokens per second of all ranks together, at each number of ranks; one line for each layout.",
         )
     return [found, runs]
 
@@ -102,13 +109,18 @@ def _fits(section: Section, curves: Sequence[Mapping[str, Any]]) -> None:
             low, high = curve["intervals"].get(parameter, (None, None))
             interval = "-" if low is None else f"{low:.4g} to {high:.4g}"
             bound = (
-                ("not determined by these runs (the fit ended at a bound)")
+                "the runs do not determine this parameter: the fit ended at a limit of its range"
                 if parameter in curve.get("at_bounds", [])
                 else ""
             )
             rows.append([name, curve.get("k") or "-", parameter, f"{value:.4g}", interval, bound])
     heads = ["runs", "k", "parameter", "value", "95 % interval", "remark"]
-    section.table(heads, rows, name="fit", note="L = E + A / N^alpha + B / D^beta, where N and D vary.")
+    note = (
+        "Fitted curve: L = E + A / N^alpha + B / D^beta. L: loss in nats per token. N: number of "
+        "parameters. D: number of training tokens. If all runs have the same N or the same D, the "
+        "curve does not have that term."
+    )
+    section.table(heads, rows, name="fit", note=note)
 
 
 def _speed_figure(rows: Sequence[Mapping[str, str]], drawing: Drawing) -> str:

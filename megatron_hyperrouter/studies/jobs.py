@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 P = TypeVar("P", bound=StudyRun)
 EPILOG = """All other flags are settings of mhr train and apply to every run.
 
-On a Slurm cluster, run the command in the folder that contains examples/, with one of these endings:
+On a Slurm cluster, run the command in the folder that contains examples/, and add one of these flags:
   --dry-run | bash    writes the settings of all unfinished runs, and submits a job for each of them
-  --collect           makes the tables, later, from the runs that are finished by then"""
+  --collect           makes the tables from the runs that are finished; use it when the jobs have ended"""
 
 
 def common_parser(study: str, description: str, epilog: str) -> Parser:
@@ -130,17 +130,17 @@ def check_collected(plans: Sequence[P]) -> list[P]:
 
     missing = [plan for plan in plans if not plan.finished]
     if len(missing) == len(plans):
-        rule = f"none of the {len(plans)} runs of this study is finished"
+        rule = f"contains none of the {len(plans)} runs of this study as a finished run"
         raise ConfigError(
             [
                 Problem(
                     "--output",
                     plans[0].folder.parent.parent,
                     rule,
-                    ("start the commands that --dry-run prints, or wait until one run is finished"),
+                    "submit the jobs that --dry-run prints, or wait until a run is finished",
                 )
             ]
         )
     for plan in missing:
-        note(f"not finished: {plan.folder}")
+        note(f"not in the tables, because the run is not finished: {plan.folder}")
     return [plan for plan in plans if plan.finished]

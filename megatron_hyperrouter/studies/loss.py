@@ -47,22 +47,24 @@ EPILOG = """\
 An axis is a setting with its values.  Several settings, joined by commas, change together:
   --axis hidden_size,moe_ffn_hidden_size 64,96 128,192 --axis train_iters 500 1000 2000
   --axis router.name topk hyper
-With --axes, a YAML file defines the axes.  Each is a list of values, or of settings that change together:
+With --axes, a YAML file defines the axes.  An axis is a list of values, or a list of settings that change
+together:
   width:
     - {hidden_size: 64, moe_ffn_hidden_size: 96}
     - {hidden_size: 128, moe_ffn_hidden_size: 192}
   num_experts: [4, 8, 16]
 
-N is the number of trainable parameters.  --size active counts only those that a token uses with k experts;
-an input embedding counts only if it is also the output matrix.  D is the number of training tokens.
+N is the number of trainable parameters.  --size active counts only the parameters that one token uses with
+k experts; it counts the input embedding only if this is also the output matrix.  D is the number of training
+tokens.
 
 FLOPs are an estimate: 6 per active parameter and token, at the k of each step, plus 12 per attention channel
-and visible position ((S + 1) / 2 positions on average).  They do not include recomputed activations, the
-optimizer, or what a method computes besides its routing.
+and visible position (on average (S + 1) / 2 positions, for a sequence length of S).  The estimate does not
+include recomputed activations, the optimizer, and additional computation of a router (such as competitions).
 
-A curve is fitted to each group of runs with the same values of the --curve-for axes.  It has a term for N
-if N varies, and a term for D if D varies.  A fit needs more distinct sizes than it has parameters.  The
-intervals contain 95 % of the curves that are fitted to resampled residuals.
+The command fits one curve to each group of runs with the same values of the --curve-for axes.  The curve has
+a term for N if N varies, and a term for D if D varies.  A fit needs runs of more different sizes than the
+curve has parameters.  The intervals contain 95 % of the curves that are fitted to resampled residuals.
 """
 SIZES = ("active", "total")
 
@@ -101,7 +103,7 @@ def main(arguments: Sequence[str]) -> None:
     plans = list(plans_of(args, line))
     left = without_strangers(plans)
     for reason in obstacles(plans, args):
-        note(f"note: there will be no fitted curve, because {reason}")
+        note(f"note: the study will not fit a curve, because {reason}")
     if args.dry_run:
         submit([(plan, plan.ranks) for plan in left if not is_trained(plan)], args.gpus_per_node)
         return
@@ -118,9 +120,9 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         action="append",
         default=[],
         metavar="WORD",
-        help="a setting and its values; see below",
+        help="an axis: a setting and its values, see below",
     )
-    flags.add_argument("--axes", metavar="FILE", help="YAML file of axes, see below")
+    flags.add_argument("--axes", metavar="FILE", help="YAML file that defines the axes, see below")
     flags.add_argument(
         "--seeds",
         type=int,
@@ -133,22 +135,22 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         type=int,
         nargs="+",
         metavar="K",
-        help="values of k to score at (default: the final k of training)",
+        help="values of k at which to score each model (default: the final k of training)",
     )
     flags.add_argument(
-        "--score", choices=("test", "valid"), default="test", help="split to score (default: test)"
+        "--score", choices=("test", "valid"), default="test", help="split to score on (default: test)"
     )
     flags.add_argument(
         "--score-iters",
         type=int,
         metavar="N",
-        help="number of global batches to score; each seed scores different ones (default: the whole split)",
+        help="number of global batches to score on; each seed uses different ones (default: the whole split)",
     )
     flags.add_argument(
         "--size",
         choices=SIZES,
         default="active",
-        help="parameters that N counts: active (those that a token uses) or total (default: active)",
+        help="parameters that N counts: active (only those that one token uses) or total (default: active)",
     )
     flags.add_argument(
         "--curve-for",
@@ -204,10 +206,10 @@ def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trained]:
                 _bad(
                     "--axis",
                     ", ".join(twice),
-                    "would be the name of two run folders",
+                    "would be the name of several run folders",
                     (
-                        "do not repeat a value of the first setting of an axis (hidden_size in --axis "
-                        "hidden_size,moe_ffn_hidden_size), because it names the run folder"
+                        "give the first setting of each axis different values, because they name the run "
+                        "folder (hidden_size in --axis hidden_size,moe_ffn_hidden_size)"
                     ),
                 )
             ]
@@ -265,7 +267,9 @@ def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]
             )
     for name in dict.fromkeys(settings):
         if settings.count(name) > 1 or name in known:
-            problems.append(_bad("--axis", name, "is set twice", ("set it with one axis or one flag only")))
+            problems.append(
+                _bad("--axis", name, "is set more than once", "set it with only one axis or flag")
+            )
         if name == "seed" or f"--{name.replace('_', '-')}" in OURS:
             problems.append(
                 _bad(

@@ -210,9 +210,9 @@ def markdown(
     unit, measure = ("bits/byte", "bits_per_byte") if known else ("nats/token", "lm_loss")
     heads = [
         *axes,
-        "total",
-        "active",
-        "tokens",
+        "parameters",
+        "active parameters",
+        "training tokens",
         "FLOPs",
         *(f"{unit}{score.replace('_k', ', k = ')}" for score in scores),
         "seconds",
@@ -226,9 +226,10 @@ def markdown(
             cells.append(with_half(mean, half, digits))
         body.append([*map(str, key), *cells])
     seeds = " or ".join(map(str, sorted({seeds for seeds, _ in points.values()})))
+    interval = "" if seeds == "1" else "mean ± half of the 95 % t-interval over seeds; "
     about = (
-        f"Scores on the {args.score} split: mean ± half of the 95 % t-interval; number of seeds: {seeds}. "
-        "FLOPs are an estimate, explained in --help."
+        f"Scores on the {args.score} split: {interval}number of seeds: {seeds}. FLOPs of the training are an "
+        "estimate, which mhr scaling loss --help explains. Seconds: sum of the step times."
     )
     return f"{markdown_table(heads, body)}\n{about}\n\n{fits_text(curves, args.size)}"
 
@@ -239,14 +240,14 @@ def fits_text(curves: Sequence[FittedCurve], size: str) -> str:
     text = ""
     if fitted:
         names = list(dict.fromkeys(name for _, fit in fitted for name in fit.parameters))
-        heads = ["fit", *names, "rms of log loss", "runs"]
+        heads = ["fit", *names, "RMS error of log loss", "runs"]
         body = []
         for curve, fit in fitted:
             shown = [_shown(fit, name) if name in fit.parameters else "" for name in names]
             body.append([curve.name, *shown, f"{fit.rms:.1e}", str(fit.runs)])
         text = (
-            f"{markdown_table(heads, body)}\nThe loss is in nats per token. N: {size} parameters. D: "
-            "tokens. Brackets: 95 % intervals.\n"
+            f"{markdown_table(heads, body)}\nThe loss is in nats per token. N: number of {size} parameters. "
+            "D: number of training tokens. In brackets: 95 % intervals.\n"
         )
         for curve, fit in fitted:
             if best := fit.optimal_exponents():
@@ -258,8 +259,8 @@ def fits_text(curves: Sequence[FittedCurve], size: str) -> str:
                 )
             if fit.at_bounds:
                 text += (
-                    f"{curve.name}: these runs do not determine {' and '.join(fit.at_bounds)} (the fit "
-                    "ended at a bound), so the other values are uncertain.\n"
+                    f"{curve.name}: the runs do not determine {' and '.join(fit.at_bounds)} (the fit ended "
+                    "at a limit of its range), so the other values are uncertain.\n"
                 )
     return text + "".join(
         f"No curve was fitted for {curve.name}: {curve.refused}.\n" for curve in curves if curve.fit is None

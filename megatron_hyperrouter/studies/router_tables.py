@@ -164,16 +164,20 @@ def markdown(
     seeds = sorted({len(each) for each in runs.values()})
     steps = sorted({results["steps"] for each in runs.values() for results in each.values()})
     about = (
-        f"{unit.capitalize()} on the test split with k experts. Router entropy (nats) and load are "
-        "averaged over the last steps of training. The other measures use test data at the final k "
+        f"Columns k = ...: {unit} on the test split with k active experts. Router entropy (in nats) and "
+        "load max/mean (load of the busiest expert divided by the mean load) are averages over the last "
+        "tenth of the training steps. Step time: median. The other columns use test data at the final k "
         "of training. Logit std: standard deviation of the logits. MI: mutual information between "
         "token and expert, in nats. Similarity: mean linear CKA between the outputs of two experts. "
-        "Effective rank: of the router's part of the Jacobian. Drift: share of the router's span "
-        "that lies outside its span at the start of training. All values: mean ± half of the 95 % "
-        f"t-interval; number of seeds: {_listed(seeds)}; {_listed(steps)} steps."
+        "Effective rank: of the router's part of the Jacobian. Drift: share of the span of the router's "
+        "matrix that lies outside its span at the start of training. All values: mean ± half of the 95 % "
+        f"t-interval over seeds; number of seeds: {_listed(seeds)}; training steps: {_listed(steps)}."
     )
     text = f"{lines('router', table, '')}\n{about}\n"
-    return text if not apart else f"{text}\n{lines(f'minus {first}, paired by seed', apart, '+')}"
+    if not apart:
+        return text
+    pairs = f"Difference between each router and {first}, paired by seed: mean ± half of the 95 % t-interval."
+    return f"{text}\n{lines(f'difference from {first}', apart, '+')}\n{pairs}\n"
 
 
 def cell(measure: str, mean: float | None, half: float | None, sign: str = "") -> str:

@@ -92,7 +92,7 @@ def check_finished(plans: Sequence[StudyRun]) -> None:
                 Problem(
                     "--output",
                     plan.folder,
-                    "contains a run with other settings",
+                    "contains a run that was started with different settings",
                     "give another --output, or remove this folder",
                 )
             )
@@ -247,7 +247,7 @@ def _check_status(run: _Started) -> None:
         run.log.flush()
         tail = Path(run.log.name).read_text(encoding="utf-8", errors="replace")[-3000:]
         how = "was stopped before its last step" if stopped else f"ended with exit status {status}"
-        raise RuntimeError(f"{run.plan.folder}: {run.what} {how}\n--- end of its log\n{tail}")
+        raise RuntimeError(f"{run.plan.folder}: {run.what} {how}\n--- end of the log of this run\n{tail}")
 
 
 def _stop(running: Sequence[_Started]) -> None:

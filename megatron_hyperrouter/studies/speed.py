@@ -45,17 +45,17 @@ EPILOG = """\
 A layout is a list of sizes and settings, joined by commas: tp, pp, vpp, cp, ep, etp, dp and zero with their
 sizes, and settings by name ("" is plain data parallelism).  Each layout runs on each number of --ranks; ranks
 that it does not need become data-parallel ranks.  If the settings do not allow a layout, the table shows the
-reason.  Without --layouts, the layout in --config is used.  Without --ranks, each layout runs on the smallest
-number of ranks that it needs.
+reason.  Without --layouts, all runs use the layout in --config.  Without --ranks, each layout runs on the
+smallest number of ranks that it needs.
 
 --scaling weak: the global batch size grows with the number of ranks.  On the fewest ranks it is
 --global-batch-size (default: one micro-batch per data-parallel rank).  --scaling strong: the global batch
 size is the same for all numbers of ranks.
 
-Columns of the table: efficiency is the number of tokens per second and rank, relative to the first row with
-the fewest ranks in the same repetition.  The column data is the fraction of the step time in which rank 0
-waited for its batch.  In these runs, k and the learning rate are constant, nothing is evaluated, and the
-final checkpoint is removed.
+Columns of the table: efficiency is the number of tokens per second and rank, divided by that of the first row
+in the same repetition.  The column "data wait" is the fraction of the step time in which rank 0 waits for its
+batch.  In these runs, k and the learning rate are constant, nothing is evaluated, and the final checkpoint is
+removed.
 """
 QUIET = quiet(Role.SCHEDULE, Role.UPKEEP) | {"rampup_batch_size": None}
 OURS = ("--train-iters", *map(flag, QUIET))
@@ -112,9 +112,15 @@ def main(arguments: Sequence[str]) -> None:
 def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
     """The flags of this study, and those of the program."""
     flags = common_parser("speed", str(__doc__), EPILOG)
-    flags.add_argument("--ranks", type=int, nargs="+", metavar="N", help="numbers of ranks to measure")
     flags.add_argument(
-        "--layouts", nargs="+", default=[], metavar="LAYOUT", help="layouts to measure, see below"
+        "--ranks", type=int, nargs="+", metavar="N", help="numbers of ranks on which to measure"
+    )
+    flags.add_argument(
+        "--layouts",
+        nargs="+",
+        default=[],
+        metavar="LAYOUT",
+        help="layouts to measure, see below (default: the layout in --config)",
     )
     flags.add_argument(
         "--scaling",
@@ -141,7 +147,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         name for name in line.flags if args.layouts and name.removeprefix("--").replace("-", "_") in LAYOUT
     ]:
         flags.refuse(
-            taken[0], "", "cannot be combined with --layouts, which sets it", f"leave out {taken[0]}"
+            taken[0], "", "cannot be combined with --layouts, which sets the layout", f"leave out {taken[0]}"
         )
     if args.ranks is None and not args.layouts:
         flags.refuse("--ranks or --layouts", "", "one of the two is required", "add --ranks 1 2, for example")
@@ -161,7 +167,7 @@ def check_start(most: int) -> None:
                 Problem(
                     "a launcher",
                     "",
-                    "must not start this command, because the command starts its ranks itself",
+                    "must not start this command, because the command itself starts the ranks",
                     remedy,
                 )
             ]
@@ -169,7 +175,7 @@ def check_start(most: int) -> None:
     if 0 < (gpus := gpus_here()) < most:
         remedy = "use fewer ranks, hide the GPUs (CUDA_VISIBLE_DEVICES=), or use --dry-run on a cluster"
         raise ConfigError(
-            [Problem("--ranks", most, f"must be at most {gpus}, the GPUs of this machine", remedy)]
+            [Problem("--ranks", most, f"must be at most {gpus}, the number of GPUs of this machine", remedy)]
         )
 
 
@@ -264,7 +270,7 @@ def base_batch(
                 Problem(
                     "--global-batch-size",
                     "none",
-                    "must be given for strong scaling",
+                    "must be given with --scaling strong",
                     "add --global-batch-size",
                 )
             ]

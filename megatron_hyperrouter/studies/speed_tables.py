@@ -24,7 +24,7 @@ SHOWN = {  # measure -> (head, digits, factor)
     "tokens_per_second": ("tokens/s", ",.0f", 1.0),
     "tokens_per_second_per_rank": ("tokens/s per rank", ",.0f", 1.0),
     "efficiency": ("efficiency", ".3f", 1.0),
-    "data_share": ("data", ".3f", 1.0),
+    "data_share": ("data wait", ".3f", 1.0),
     "peak_memory": ("peak memory, GiB", ".2f", 2.0**-30),
 }
 
@@ -122,17 +122,19 @@ def markdown(
     text = markdown_table(["ranks", "layout", "tokens per step", *(SHOWN[name][0] for name in names)], body)
     first = f"{ranks} rank{'s' * (ranks > 1)}, {layout}"
     text += (
-        f"\n{args.scaling.capitalize()} scaling, {' and '.join(sorted(started))}: medians of "
-        f"{args.steps} steps after {args.warmup} warm-up steps; mean ± half of the 95 % t-interval "
-        f"over {repeats} run{'s' * (repeats > 1)}. Efficiency: tokens per second and rank, relative "
-        f"to {first}.\n"
+        f"\n{args.scaling.capitalize()} scaling, {' and '.join(sorted(started))}. A run gives the median of "
+        f"{counted(args.steps, 'step')} after {counted(args.warmup, 'warm-up step')}; the table has the mean "
+        f"± half of the 95 % t-interval over {counted(repeats, 'run')}. Efficiency: tokens per second and "
+        f"rank, divided by those of the first row ({first}). Data wait: fraction of the step time in which "
+        "rank 0 waits for its batch.\n"
     )
     if any(word.endswith("cores") for word in started) and any(
         number > 1 for number, _ in [(ranks, layout), *others]
     ):
         text += "All ranks shared one machine, so these numbers do not apply to a cluster.\n"
     return text + "".join(
-        f"{row.layout} on {counted(row.ranks, 'rank')} is not allowed by the settings: {row.refused}.\n"
+        f"Layout {row.layout} was not run on {counted(row.ranks, 'rank')}, because it breaks a rule: "
+        f"{row.refused}.\n"
         for row in refused
     )
 

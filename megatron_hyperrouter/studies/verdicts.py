@@ -68,7 +68,7 @@ class Verdict:
         if self.p is None:
             return "not testable with one seed"
         if self.p >= ALPHA:
-            return "not shown"
+            return "no difference shown"
         return f"{self.named.left} is {'better' if self.test.mean < 0 else 'worse'}"
 
     def cells(self) -> list[object]:
@@ -94,7 +94,7 @@ def parse(words: Sequence[str]) -> list[Named]:
         match = re.fullmatch(r"(\w[\w.-]*):(\w[\w.-]*)@(\d+)", word)
         if match is None or match[1] == match[2]:
             raise ValueError(
-                f"{word} must have the form LEFT:RIGHT@K, with two different labels and a value of k"
+                f"{word} must have the form LEFT:RIGHT@K: two different labels, and a value of k"
             )
         found.append(Named(match[1], match[2], int(match[3])))
     return found
@@ -132,11 +132,11 @@ def score(results: Mapping[str, Any], topk: int) -> float:
 def about(effect: float) -> str:
     """What the columns of the table are."""
     return (
-        "Difference: mean ± half of the 95 % t-interval over seeds; negative is better. Runs with "
-        "the same seed share data and initial weights. p: two-sided paired t-test, adjusted by "
-        "Holm's method for all comparisons in the table. The comparisons were planned before the "
-        "runs. Detectable effect: the difference that this number of seeds detects with a power of "
-        f"80 %. Seeds needed: the number of seeds that detects a difference of {effect:g} with the "
-        "same power. It is a cautious estimate: it uses the 80 % upper confidence bound of the "
-        "standard deviation."
+        "These comparisons were planned before the runs. Difference: loss of the first router minus loss "
+        "of the second, mean ± half of the 95 % t-interval over seeds; a negative difference means that "
+        "the first router is better. Runs with the same seed share data and initial weights. p: "
+        "two-sided paired t-test, adjusted by Holm's method for all comparisons in the table. "
+        "Detectable effect: the difference that this number of seeds detects with a power of 80 %. "
+        f"Seeds needed: the number of seeds that detects a difference of {effect:g} with a power of 80 %. "
+        "This estimate is cautious: it uses the 80 % upper confidence bound of the standard deviation."
     )

@@ -64,7 +64,7 @@ def test_one_row_tells_the_rate_alone() -> None:
         ("[" * 100_000, "is not JSON"),
         ("[]", "has no format number"),
         ("{}", "has no format number"),
-        ('{"format": 9}', "has format 9, but this version reads format 1"),
+        ('{"format": 9}', "has format 9, but this version of mhr plan reads format 1"),
         ('{"format": 1}', "must contain at least one of flops, inside"),
         ('{"format": 1, "flops": -1.0}', "has flops = -1.0, which must be a number greater than 0"),
         ('{"format": 1, "latency": NaN}', "has latency = nan"),

@@ -154,7 +154,7 @@ def test_verdicts_of_a_comparison(text: str) -> None:
         for seed in range(4)
     ]
     assert float(better[3].split(" ± ")[0]) == pytest.approx(sum(differences) / 4, abs=6e-5)
-    assert level[5] == "not shown" and float(level[4]) > 0.05
+    assert level[5] == "no difference shown" and float(level[4]) > 0.05
     assert page.row("control", "4")[2].startswith("1.70")
     assert "control is the control: a random router" in html.unescape(text)
 
@@ -184,9 +184,9 @@ def test_refusals_name_every_folder(tmp_path: Path) -> None:
         write_report([tmp_path / "empty", tmp_path / "gone", tmp_path / "odd.json"], tmp_path / "r.html")
     rules = [problem.rule for problem in raised.value.problems]
     assert rules == [
-        "contains neither a run nor a finished study",
-        "does not exist",
-        "was not written by mhr evaluate or mhr analyze",
+        "must be the folder of a run or of a study with finished runs, but is not",
+        "must be an existing file or folder",
+        "must be an output file of mhr evaluate or mhr analyze, but is not",
     ]
     assert not (tmp_path / "r.html").exists()
 

@@ -81,5 +81,5 @@ def test_words_of_a_verdict() -> None:
 
     assert words(-0.2, 0.01) == "hyper is better"
     assert words(0.2, 0.01) == "hyper is worse"
-    assert words(-0.2, 0.05) == "not shown"
+    assert words(-0.2, 0.05) == "no difference shown"
     assert words(-0.2, None) == "not testable with one seed"

@@ -243,7 +243,7 @@ def test_differences_are_paired_by_seed(compared: Compared) -> None:
             ONE_DEGREE * abs(apart[0] - apart[1]) / 2, rel=1e-6
         )
         assert f"{sum(apart) / 2:+.4f} ± " in compared.out
-    assert f"| minus {LABELS[0]}, paired by seed |" in compared.out
+    assert f"| difference from {LABELS[0]} |" in compared.out
 
 
 def test_verdicts_against_scipy(compared: Compared) -> None:
@@ -303,7 +303,7 @@ def test_the_same_command_again_trains_nothing_and_other_settings_are_refused(co
     _, err = finish(start(compared.folder, *words, *later, "--seeds", 2, "--train-iters", STEPS), expect=2)
     assert "cannot be changed once a run is finished; this study has twins:topk@1, topk:twins@2" in err
     _, err = finish(start(compared.folder, *words, "--seeds", 1, "--train-iters", STEPS + 1), expect=2)
-    assert err.count("contains a run with other settings") == 2
+    assert err.count("contains a run that was started with different settings") == 2
 
 
 def test_a_run_that_fails_ends_the_comparison_with_its_log(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_a_run_that_fails_ends_the_comparison_with_its_log(tmp_path: Path) -> No
         start(tmp_path, "--routers", "topk", "--seeds", 1, "--data-path", tmp_path / "nothing"), expect=1
     )
     assert "topk-seed7: training ended with exit status 3" in err
-    assert "nothing" in err.partition("end of its log")[2]
+    assert "nothing" in err.partition("end of the log of this run")[2]
     assert not list(tmp_path.glob("out/*.csv"))
 
 
@@ -351,7 +351,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "a comparison that cannot be read": (
         ["--routers", "topk", "xmoe", "--comparisons", "topk@1"],
         "",
-        "must have the form LEFT:RIGHT@K, with two different labels and a value of k",
+        "must have the form LEFT:RIGHT@K: two different labels, and a value of k",
     ),
     "a comparison with nobody": (
         ["--routers", "topk", "xmoe", "--comparisons", "topk:hyper@1", "topk:xmoe@3"],

@@ -130,7 +130,7 @@ def test_a_row_for_each_run(study: Study) -> None:
 @pytest.mark.slow
 def test_two_by_two_have_no_fit_and_it_is_said_before_and_after(study: Study) -> None:
     reason = "E + A/N^alpha needs runs of at least 4 different sizes, but there are 2"
-    assert study.err.startswith(f"note: there will be no fitted curve, because {reason}\n")
+    assert study.err.startswith(f"note: the study will not fit a curve, because {reason}\n")
     assert f"No curve was fitted for k = 2: {reason}." in study.out
     assert [found["refused"] for found in json.loads((study.folder / "out" / "fit.json").read_text())] == [
         reason
@@ -171,7 +171,7 @@ def test_finished_runs_stay_and_a_cluster_gets_the_others(
             rows(tmp_path / "out" / "runs.csv")[3][name] == rows(study.folder / "out" / "runs.csv")[3][name]
         )
     _, other = study.arguments, zygote.run([*study.arguments, "--lr", "0.5"], program=TOOL, expect=2)
-    assert other.stderr.count("contains a run with other settings") == 4
+    assert other.stderr.count("contains a run that was started with different settings") == 4
 
 
 def test_settings_of_the_grid(zygote: Zygote, tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_what_the_runs_do_not_tell_stands_in_the_table(
         row["scores"][0]["lm_loss"] -= 1.8 if row["router.name"] == "topk" else 0.0
     write_results(made_up, arguments(tmp_path / "a"))
     assert (
-        "router.name = topk: these runs do not determine E (the fit ended at a bound)"
+        "router.name = topk: the runs do not determine E (the fit ended at a limit of its range)"
         in capsys.readouterr().out
     )
     assert [found["at_bounds"] for found in json.loads((tmp_path / "a" / "fit.json").read_text())] == [
@@ -339,7 +339,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "an axis that is a flag": ([*AXIS, "--hidden-size", "64"], "", "hidden_size: is set twice"),
     "seeds": (["--axis", "seed", "1", "2"], "", "seed: is set by this command"),
     "a flag of ours": ([*AXIS, "--run-dir", "x"], "", "set by this command"),
-    "the same twice": (["--axis", "hidden_size", "16", "16"], "", "would be the name of two run folders"),
+    "the same twice": (["--axis", "hidden_size", "16", "16"], "", "would be the name of several run folders"),
     "a curve for nothing": (
         [*AXIS, "--curve-for", "num-layers"],
         "",

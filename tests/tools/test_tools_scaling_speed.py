@@ -114,8 +114,8 @@ def test_the_table_against_the_metrics_of_the_runs(study: Study) -> None:
     assert study.out == (study.folder / "out" / "table.md").read_text(encoding="utf-8")
     assert "do not apply to a cluster" in study.out
     assert (
-        "ep=2 on 1 rank is not allowed by the settings: --expert-model-parallel-size: must divide the "
-        "number of data-parallel ranks, 1 " in study.out
+        "Layout ep=2 was not run on 1 rank, because it breaks a rule: --expert-model-parallel-size: must "
+        "divide the number of data-parallel ranks, 1 " in study.out
     )
     pytest.importorskip("matplotlib")
     assert (study.folder / "out" / "speed.png").read_bytes().startswith(b"\x89PNG")
@@ -146,7 +146,7 @@ def test_finished_runs_stay_and_more_repetitions_are_submitted_and_collected(
     assert [row["runs"] for row in rows(study.folder / "out" / "table.csv")] == ["1", "1", "2"]
     assert "under Slurm" in partly.stdout
     other = zygote.run([*study.arguments, "--hidden-size", "64"], program=TOOL, expect=2)
-    assert other.stderr.count("contains a run with other settings") == 3
+    assert other.stderr.count("contains a run that was started with different settings") == 3
 
 
 def test_rows_take_turns_and_quiet_settings(zygote: Zygote, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_efficiency_is_taken_in_each_repetition(tmp_path: Path, capsys: pytest.C
     )
     out = capsys.readouterr().out
     assert "| 2 | dp | 200 |" in out and "0.800 ± 0.000" in out and "| 2.00 ± 0.00 |" in out
-    assert "ep=4 on 2 ranks is not allowed by the settings: no." in out
+    assert "Layout ep=4 was not run on 2 ranks, because it breaks a rule: no." in out
     assert "do not apply to a cluster" not in out
 
 
@@ -285,7 +285,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "nothing can run": (["--ranks", "3", "--layouts", "tp=2"], "must be divisible by"),
     "strong without a batch": (
         ["--ranks", "1", "2", "--scaling", "strong"],
-        "must be given for strong scaling",
+        "must be given with --scaling strong",
     ),
     "steps as a flag": (["--ranks", "1", "--train-iters", "4"], "--train-iters: is set by this command"),
     "a layout twice": (

@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.studies.speed import Timed
 
 NAME = "calibration.json"
+_CONSTANTS = {
+    "flops": "the speed of a rank",
+    "inside": "the bandwidth inside a node",
+    "outside": "the bandwidth between nodes",
+    "latency": "the latency",
+}
 _UNITS = {
     "flops": (1e-12, "TFLOP/s per rank"),
     "inside": (1e-9, "GB/s inside a node"),
@@ -51,20 +57,21 @@ def write_calibration_of(plans: Sequence[Timed], seconds: Sequence[float], per_n
         ]
         for each, measured, predicted in zip(told, seconds, found.predicted, strict=True)
     ]
-    table = markdown_table(["ranks", "layout", "measured, ms", "predicted, ms", "ratio"], body)
+    table = markdown_table(["ranks", "layout", "measured, ms", "predicted, ms", "predicted / measured"], body)
     constants = ", ".join(
         f"{getattr(found.machine, name) * _UNITS[name][0]:.3g} {_UNITS[name][1]}" for name in found.fitted
     )
     left = [name for name in _UNITS if name not in found.fitted]
     others = (
         (
-            f" These runs do not determine {', '.join(left)}; for these constants, mhr plan uses its "
-            "default values."
+            f" These runs do not determine {' and '.join(_CONSTANTS[name] for name in left)}, so mhr plan "
+            "uses its default values for them."
         )
         if left
         else ""
     )
     return (
-        f"\n{table}\nFitted to these {len(rows)} rows: {constants}.{others} mhr plan --calibration "
-        f"{path} uses these constants.\n"
+        f"\n{table}\nStep time as measured, and as mhr plan predicts it with the constants that were fitted "
+        f"to {'this row' if len(rows) == 1 else f'these {len(rows)} rows'}: {constants}.{others} To plan "
+        f"with the fitted constants, use mhr plan --calibration {path}.\n"
     )

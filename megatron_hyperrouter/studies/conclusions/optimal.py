@@ -40,9 +40,9 @@ def optimal_text(curves: Curves, flops: float, size: str) -> str:
         return ""
     table = markdown_table(["fit", "FLOPs", "best N", "best D", "loss"], body)
     return (
-        f"\n{table}\nFor each budget of 6 N D FLOPs: the number of {size} parameters N and of tokens "
-        "D with the lowest fitted loss, and in brackets the 95 % interval of N. Budgets above the "
-        "largest run are extrapolations.\n"
+        f"\n{table}\nFor each budget of FLOPs = 6 N D: the number of {size} parameters N and the number of "
+        "training tokens D for which the fitted curve has the lowest loss. In brackets: the 95 % interval "
+        "of N. Rows with more FLOPs than the largest run are extrapolations.\n"
     )
 
 
@@ -66,5 +66,5 @@ def plot_optimal(curves: Curves, flops: Sequence[float], size: str, path: Path) 
     axes.axvline(max(flops), color="grey", linestyle="--", linewidth=1, label="largest run")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set(xlabel="FLOPs of training", ylabel=f"best N, {size} parameters")
+    axes.set(xlabel="training FLOPs", ylabel=f"best N, {size} parameters")
     finish(figure, path)
