@@ -34,7 +34,7 @@ def require(script: Path, *, python: str | None = None) -> None:
     if done.returncode:
         raise HostError(f"{program} is not a working Python", remedy="give another Python with --python")
     if missing := done.stdout.split():
-        raise HostError(f"{' and '.join(missing)} cannot be imported by {program}", remedy=_INSTALL[script])
+        raise HostError(f"{program} cannot import {' and '.join(missing)}", remedy=_INSTALL[script])
 
 
 def ask(task: Mapping[str, Any], *, python: str | None = None, script: Path = COMPARE) -> dict[str, Any]:
