@@ -84,9 +84,9 @@ def test_a_missing_library_is_named_before_any_work(tmp_path: Path, tasks: list[
     assert "pip install 'megatron-hyperrouter[hf,eval]'" in str(error.value)
     out, other = str(tmp_path / "out"), ["--python", str(python)]
     for flags, library in (([], "transformers"), (["--no-proof", "--gguf", str(tmp_path / "m")], "gguf")):
-        with pytest.raises(HostError, match=f"does not have {library}\n"):
+        with pytest.raises(HostError, match=f"cannot import {library}\n"):
             export_hf.main(["--load", str(tmp_path / "run"), "--output", out, *flags, *other])
-    with pytest.raises(HostError, match="does not have transformers\n"):
+    with pytest.raises(HostError, match="cannot import transformers\n"):
         import_hf.main(["--input", str(tmp_path / "run"), "--output", out, *other])
     with pytest.raises(HostError, match="is not a working Python"):
         child.require(child.GGUF, python="false")
