@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Start a run on several nodes with the deepspeed launcher, which reaches them by ssh:
+# Start a run on several nodes with the deepspeed launcher, which reaches the nodes by ssh:
 #
 #   bash examples/cluster.sh HOSTFILE [flags of pretrain_gpt_hyperrouter.py] [-- flags of deepspeed, such as --exclude node7]
 #
-# HOSTFILE has a line "name slots=8" for each node. Every node must have this folder under the same path, and its environment
-# (tools/setup_env.sh). The command continues from the last complete checkpoint of runs/cluster, so start it again after a failure.
-# Exit status 6: Ctrl-C or a signal stopped the run, which has saved; run the same command again to continue.
+# HOSTFILE contains a line "name slots=8" for each node with 8 GPUs. Every node must have this folder under the same path, and in it
+# the environment that tools/setup_env.sh makes. After a failure, run the same command again: it continues from the last complete
+# checkpoint in runs/cluster. If Ctrl-C or a signal stops the run, it saves and ends with exit status 6; the same command continues it.
 set -euo pipefail
 
 fail() { # message, remedy
@@ -28,7 +28,8 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-# For a wrong line, the launcher prints a traceback; for a machine that it cannot reach, it prints nothing for a long time.
+# Check HOSTFILE here: for a wrong line, the launcher prints a traceback, and for a machine that it cannot reach, it prints nothing
+# for a long time.
 hosts=()
 number=0
 while IFS= read -r line || [ -n "$line" ]; do
@@ -45,7 +46,7 @@ while IFS= read -r line || [ -n "$line" ]; do
 done <"$hostfile"
 [ ${#hosts[@]} -gt 0 ] || fail "$hostfile lists no machine" "write a line such as: node1 slots=8"
 
-# the machines that remain after --include and --exclude of the launcher
+# find the machines that remain after the launcher's flags --include and --exclude
 chosen=("${hosts[@]}")
 for ((i = 0; i < ${#launcher[@]}; i++)); do
   case ${launcher[i]} in
@@ -69,7 +70,8 @@ for ((i = 0; i < ${#launcher[@]}; i++)); do
   chosen=("${kept[@]}")
 done
 
-# The launcher reaches all machines with pdsh and ssh. With --launcher, or on one machine, it only asks the first for its address.
+# The launcher reaches all machines with pdsh and ssh. With --launcher, or if there is only one machine, it only connects to the
+# first machine, to find its address.
 asked=" ${launcher[*]:-} "
 reached=("${chosen[@]}")
 if [[ $asked == *" --launcher"* ]]; then
@@ -79,7 +81,7 @@ elif [ ${#chosen[@]} -gt 1 ] && [[ $asked != *" --no_ssh "* ]]; then
     || fail "pdsh is not installed; the deepspeed launcher needs it to reach the other machines" "install pdsh, or give another launcher: -- --launcher openmpi"
 fi
 if [[ $asked != *" --no_ssh "* && ($asked != *" --no_ssh_check "* || ${#reached[@]} -gt 1) ]]; then
-  # the options that pdsh hands to ssh, and a port for the launcher
+  # the options that pdsh passes on to ssh
   read -ra options <<<"${PDSH_SSH_ARGS_APPEND:-}"
   lost=$(for host in "${reached[@]}"; do
     (ssh -o BatchMode=yes -o ConnectTimeout=10 "${options[@]}" "$host" true </dev/null >/dev/null 2>&1 || echo "$host") &
@@ -97,8 +99,8 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   source "$(bash tools/setup_env.sh)/bin/activate"
 fi
 
-# The launcher passes only the variables in this file to the workers: those in ~/.deepspeed_env, and two more. They limit the threads of
-# each rank, and let NCCL fail instead of hang if a rank is lost.
+# The launcher passes only the environment variables in this file to the workers: those in ~/.deepspeed_env, and two more.
+# OMP_NUM_THREADS limits the threads of each rank. TORCH_NCCL_ASYNC_ERROR_HANDLING lets NCCL fail instead of hang if a rank is lost.
 mkdir -p runs/cluster
 {
   cat ~/.deepspeed_env 2>/dev/null || true

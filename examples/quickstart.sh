@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# From nothing to a trained and evaluated HyperRouter GPT: environment, corpus, tokenizer, tokens, training on 2 ranks, evaluation.
+# Train and evaluate a small HyperRouter GPT. This script installs the environment, makes a corpus and a tokenizer,
+# preprocesses the corpus to token files, trains on 2 ranks, and evaluates the model.
 #
 #   bash examples/quickstart.sh                          # about 5 minutes on 2 CPU cores, including the first installation
-#   bash examples/quickstart.sh --train-iters 1000       # with any flag of pretrain_gpt_hyperrouter.py
+#   bash examples/quickstart.sh --train-iters 1000       # flags go to pretrain_gpt_hyperrouter.py
 #   bash examples/quickstart.sh --load runs/quickstart   # continue after an interruption
 #
 # Everything is written to runs/quickstart/. Steps that are already done are skipped.
@@ -28,7 +29,8 @@ echo "== 4/6 tokens"
   --tokenizer-type HuggingFaceTokenizer --tokenizer-model $data/tokenizer.json --append-eod --workers 2
 
 echo "== 5/6 training"
-# Two ranks, each with half of the experts: on GPUs if there are at least two, else on CPU cores.  A single GPU gets all experts.
+# Train on two ranks with half of the experts each: on GPUs if there are at least two, on CPU cores if there is none. With a
+# single GPU, train on one rank with all experts.
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=2
 layout=()
@@ -36,14 +38,14 @@ if [ "$gpus" = 1 ]; then
   ranks=1
   layout=(--expert-model-parallel-size 1)
 fi
-[ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu # one core for each rank; DeepSpeed need not look for GPUs
-# A free port, so that two runs on one machine do not connect to each other.
+[ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu # each rank uses one core; DeepSpeed does not search for GPUs
+# Use a free port, so that two runs on one machine do not connect to each other.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 deepspeed --log_level warning --num_gpus "$ranks" --master_port "$port" pretrain_gpt_hyperrouter.py --config examples/quickstart.yaml \
   --data-path $data/stdlib_text_document --tokenizer-type HuggingFaceTokenizer --tokenizer-model $data/tokenizer.json \
   --run-dir $out "${layout[@]}" "$@"
 
 echo "== 6/6 evaluation with 1, 2, 4 and 8 of 8 experts"
-unset OMP_NUM_THREADS # one process has all cores
+unset OMP_NUM_THREADS # the evaluation is one process, which uses all cores
 python tools/evaluate.py --load $out --topk 1 2 4 8 --output $out/evaluation.json
 python tools/baselines.py --load $out --results $out/evaluation.json --output $out/table.json

@@ -1,4 +1,5 @@
-# To be sourced with the flags of the program: sets run_dir to that of --run-dir or of the settings file, else runs/cluster.
+# Source this file with the flags of the program. It sets run_dir to the value of --run-dir, or else to run_dir of the settings
+# file, or else to runs/cluster.
 # shellcheck shell=bash
 run_dir='' config=''
 for ((i = 1; i <= $#; i++)); do

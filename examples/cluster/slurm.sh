@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Train under Slurm, and continue after a time limit, a failure or a lost node. Submit it in the project folder:
+# Train under Slurm, and continue after a time limit, a failure or a lost node. Submit this script in the project folder:
 #
 #   sbatch --nodes 8 --gpus-per-node 8 examples/cluster/slurm.sh [flags of pretrain_gpt_hyperrouter.py]
-#   sbatch examples/cluster/slurm.sh --mock-data               # a trial on one node, without data; without GPUs, too
+#   sbatch examples/cluster/slurm.sh --mock-data               # a trial on one node without data, with or without GPUs
 #
-# srun starts one rank for each GPU of a node. Without --config, the settings are examples/cluster.yaml on the Megatron engine. The run
-# folder is that of --run-dir or of the settings, else runs/cluster. Five minutes before the time limit, Slurm sends SIGTERM to the ranks:
-# the run saves, stops with status 6, and the job goes back into the queue. After a failure it also goes back, unless a restart cannot
-# help (settings, data, installation; `mhr status` decides).
+# srun starts one rank for each GPU of a node. Without --config, the run uses examples/cluster.yaml on the Megatron engine. Its folder is
+# the value of --run-dir, or else run_dir of the settings, or else runs/cluster. Five minutes before the time limit, Slurm sends SIGTERM
+# to the ranks. The run then saves and stops with status 6, and the job goes back into the queue. The job also goes back after a failure,
+# unless a restart cannot help because of the settings, the data or the installation (`mhr status` decides).
 #
-# Variables:
+# Environment variables:
 #   RANKS_PER_NODE      number of ranks on each node; default: the number of GPUs, else 1
-#   ENGINE              deepspeed or megatron
+#   ENGINE              the engine: deepspeed or megatron
 #   LAUNCHER=torchrun   start one task per node instead of one per rank
-#   DOCTOR=1            examine the machines first
+#   DOCTOR=1            check the machines with mhr doctor first
 #   CONTAINER_IMAGE     run the ranks in this container image (Slurm with the pyxis plugin)
 #   MASTER_ADDR         address of the first node, if its name does not resolve to it
 #SBATCH --job-name=hyperrouter

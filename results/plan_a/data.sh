@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# The text of plan A, as bytes: an essay (Debian's package anarchism) and manuals (linux-doc-6.1).  Nothing of it is committed.
+# Download the text of plan A and preprocess it to bytes. It comes from two Debian packages: an essay (anarchism) and the manuals of
+# the Linux kernel (linux-doc-6.1). The repository contains none of this text.
 #
-# Versions and checksums are pinned, so every repetition reads the same bytes.  A version that Debian no longer has ends the script.
+# Versions and checksums are pinned, so every repetition reads the same bytes. If Debian no longer has a version, the script ends
+# with an error.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 build=build/plan_a

@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
-# Repeats blocks of plan A with the public commands alone, and makes their pages:
+# Repeat blocks of plan A with the public commands, and make a report on each block:
 #
 #   bash results/plan_a/repeat.sh A1            # 40 runs
 #   bash results/plan_a/repeat.sh A1 A1b A1c A1d A4 A3 A2 A5
-#   SEEDS=4 bash results/plan_a/repeat.sh A1    # the first 4 seeds alone; later SEEDS=8 adds the others
+#   SEEDS=4 bash results/plan_a/repeat.sh A1    # only the first 4 seeds; SEEDS=8 adds the others later
 #
-# Runs go to runs/plan_a/; after an interruption the same command continues.  A1b, A1c, A1d and A4 take runs of A1, so run A1
-# first.
-# At the end claims.py judges the claims of results/README.md by all blocks that are there.
+# The runs are written to runs/plan_a/. After an interruption, run the same command again to continue. Run A1 first, because A1b, A1c,
+# A1d and A4 use runs of A1. At the end, claims.py prints the verdicts on the claims of results/README.md, from all finished blocks.
 #
-# Each run is scored on 128 batches (131,072 bytes) of the test split, drawn anew for each seed, the same for all routers.
+# Each run is scored on 128 batches (131,072 bytes) of the test split. These batches differ between seeds, but not between routers.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 jobs=${JOBS:-1}
@@ -23,7 +22,7 @@ A1() {
     --seeds "${SEEDS:-8}" "${scored[@]}" --output $out/A1
 }
 
-take() { # FROM TO LABEL...: finished runs of another block
+take() { # FROM TO LABEL...: link finished runs of the block FROM into the block TO
   mkdir -p "$out/$2/runs"
   for label in "${@:3}"; do
     for run in "$out/$1/runs/$label"-seed*; do
@@ -83,7 +82,7 @@ A4() {
   done
 }
 
-A5() { # two other architectures with the tokens of A1
+A5() { # two other architectures, trained on as many bytes as the runs of A1
   for name in glam-like switch-like; do
     for seed in $(seq "${SEEDS:-1}"); do
       run=$out/A5/$name-seed$seed

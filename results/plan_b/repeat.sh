@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Plan B: the routers of plan A at published sizes, on one GPU.  It was never run; results/README.md has its cost.
+# Plan B: train the routers of plan A at published sizes, on one GPU. It has never been run. results/README.md has its predicted cost.
 #
 #   bash results/plan_b/repeat.sh enwik8.txt paper     # 40 runs: 4 layers, hidden size 256
 #   bash results/plan_b/repeat.sh enwik8.txt large     # 25 runs: 12 layers, hidden size 512
-#   STEPS=2000 SEEDS=1 bash results/plan_b/repeat.sh enwik8.txt paper     # first, to see how long a run takes
+#   STEPS=2000 SEEDS=1 bash results/plan_b/repeat.sh enwik8.txt paper     # measures how long a run takes; do this first
 #
-# The first argument is the text of enwik8, which you download yourself.  After an interruption the same command continues.
+# The first argument is the text of enwik8, which you must download yourself. After an interruption, run the same command again to
+# continue.
 set -euo pipefail
 text=$(realpath "$1") size=$2
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
