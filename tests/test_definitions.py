@@ -27,4 +27,7 @@ def test_the_files_are_there() -> None:
 
 @pytest.mark.parametrize("section", TEXT.split("\n## ")[1:-1], ids=lambda section: section.split("\n")[0])
 def test_every_entry_has_all_its_parts(section: str) -> None:
-    assert all(part in section for part in ("- **In the engines.**", "- **In this program.**", "- **Code.**", "- **Tests.**"))
+    assert all(
+        part in section
+        for part in ("- **In the engines.**", "- **In this program.**", "- **Code.**", "- **Tests.**")
+    )
