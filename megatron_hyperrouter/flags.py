@@ -7,6 +7,7 @@ import difflib
 import math
 import os
 import re
+import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -14,8 +15,42 @@ from megatron_hyperrouter.errors import ConfigError, Problem
 
 _KINDS = {"int": "an integer", "float": "a finite number", "size": "a size such as 500MB or 5GB"}
 _LIKENESS = 0.7
+_WIDEST = 108  # columns; longer lines are hard to read
+# A line of a list in a description: "  runs.csv   one row per run".
+_ROW = re.compile(r"(?P<head> +\S.{0,24}? {2,})(?P<text>\S.*)")
 # what --help calls a value that is a path, or a list of them
 PATHS = re.compile(r"FILE(\.\w+)?|DIR|FOLDER|P|RUN|RUN_DIR|RUN_OR_(FOLDER|STUDY)|JSON|tokenizer\.json")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Wraps a description at the terminal's width: its paragraphs, and the second column of its lists.
+
+    Other indented lines, which are commands, stay as they are.
+    """
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Called by argparse for the description and the epilog."""
+        blocks: list[tuple[str, str]] = []  # what precedes the text in its first line; the text
+        for line in text.splitlines():
+            start = len(line) - len(line.lstrip())
+            if row := _ROW.fullmatch(line):
+                blocks.append((row["head"], row["text"]))
+            elif blocks and line.strip() and blocks[-1][1] and start == len(blocks[-1][0]):
+                blocks[-1] = (blocks[-1][0], f"{blocks[-1][1]} {line.strip()}")
+            else:
+                blocks.append(("", line) if start == 0 else (line, ""))
+        return "\n".join(
+            textwrap.fill(
+                " ".join(words.split()),
+                min(width, _WIDEST),
+                initial_indent=head,
+                subsequent_indent=" " * len(head),
+                break_on_hyphens=False,
+                break_long_words=False,
+            )
+            or head
+            for head, words in blocks
+        )
 
 
 class Parser(argparse.ArgumentParser):

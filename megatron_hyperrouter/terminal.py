@@ -15,6 +15,7 @@ from typing import NoReturn, TypeVar
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.errors import HostError, HyperRouterError
+from megatron_hyperrouter.flags import HelpFormatter
 from megatron_hyperrouter.flags import Parser as Parser  # the commands take it from here
 
 _SECONDS_BETWEEN_LINES, _MOST_SECONDS_BETWEEN_LINES, _SECONDS_BETWEEN_UPDATES = 5.0, 120.0, 1.0
@@ -82,7 +83,7 @@ def parser(description: str, epilog: str = "") -> Parser:
         description=description,
         epilog=epilog,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     # the deepspeed launcher adds this flag
     flags.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)

@@ -75,6 +75,29 @@ def test_each_command_reads_the_home_folder_in_its_paths() -> None:
                 assert metavar and PATHS.fullmatch(metavar), (file.name, ast.unparse(call)[:80])
 
 
+def test_a_description_is_wrapped_and_its_commands_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "42")
+    command = "  mhr plan --config FILE.yaml --gpus 1024 --per-node 8"
+    text = f"""A sentence that is
+longer than a line of the terminal.
+
+{command}
+  runs.csv   one row per run, with its
+             seed
+  table.md   means
+The end."""
+    assert parser(text).format_help().split("\n\n", 1)[1].partition("\n\noptions:")[0].splitlines() == [
+        "A sentence that is longer than a line of",
+        "the terminal.",
+        "",
+        command,
+        "  runs.csv   one row per run, with its",
+        "             seed",
+        "  table.md   means",
+        "The end.",
+    ]
+
+
 @pytest.mark.parametrize("word", ["inf", "nan", "-Infinity", "much"])
 def test_a_number_is_finite(word: str) -> None:
     assert read("--factor", "1e-3")["factor"] == 1e-3

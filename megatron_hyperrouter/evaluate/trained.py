@@ -256,6 +256,6 @@ def add_run_flags(flags: ArgumentParser, *, data: bool = True) -> None:
             "--data-path",
             nargs="+",
             metavar="P",
-            help="prefixes of token files (default: the files of the run). Files that the run did not use "
-            "are used as a whole, unless --split is given",
+            help="prefixes of token files (default: the files of the run). If the run did not use these "
+            "files, all of their text is used, unless --split is given",
         )

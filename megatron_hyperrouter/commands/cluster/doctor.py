@@ -1,10 +1,11 @@
 """Examine this machine, or all machines of a job: versions, speed, network, clocks, and the run folder.
 
-    mhr doctor                                                one process
-    torchrun --nproc-per-node 8 tools/doctor.py               all GPUs of a machine
-    srun -N 8 --ntasks-per-node 8 python tools/doctor.py      the first step of a job
+  mhr doctor                                             one process
+  torchrun --nproc-per-node 8 tools/doctor.py            all GPUs of a machine
+  srun -N 8 --ntasks-per-node 8 python tools/doctor.py   all GPUs of 8 machines
 
-Each line is ok, a note, or a fault with its remedy. Exit status: 0 if there is no fault, else 5.
+Run it as the first step of a job. Each line of the report is ok, a note, or a fault with its remedy.
+Exit status: 0 if there is no fault, else 5.
 """
 
 from __future__ import annotations

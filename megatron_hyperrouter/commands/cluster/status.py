@@ -1,7 +1,7 @@
 """Show the state of a run: running, stopped, finished, failed or hung; step, speed, ETA, last save, restarts.
 
-It only reads the files in the run folder, so it works on any machine that can read them. A job script uses
---after-exit to ask whether to start the run again: exit status 0 means yes, 1 means no.
+The command only reads files in the run folder, so it works on any machine that can read this folder. A job
+script uses --after-exit to ask whether to start the run again: exit status 0 means yes, 1 means no.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
         "--after-exit",
         type=int,
         metavar="STATUS",
-        help="tell whether to start the run again, given the exit status of its launcher",
+        help="tell whether to start the run again, after its launcher has ended with this exit status",
     )
     args = flags.parse_args(arguments)
     if args.after_exit is not None:

@@ -1,10 +1,10 @@
 """Build the index files of a run in advance, on any machine that can read the data.
 
-The run then starts faster.  The command accepts all flags of mhr train.  It uses those for data, seed,
-sequence length, batch size and steps, and --load if the run resumes.  The files go where the run looks for
-them: to --data-cache-path; without that flag to cache/hyperrouter next to the data, or to index-cache in
---run-dir if that folder is not writable.  An index is rebuilt when the modification time of a token file
-changes.
+The index files contain the order of the samples; with them, the run starts faster.  The command accepts all
+flags of mhr train.  It uses the flags for data, seed, sequence length, batch size and steps, and --load if
+the run resumes.  The index files go to --data-cache-path.  Without this flag they go to cache/hyperrouter
+next to the data, or, if the data folder is not writable, to index-cache in --run-dir.  The run looks for them
+in the same places.  An index is rebuilt when the modification time of a token file changes.
 """
 
 from __future__ import annotations

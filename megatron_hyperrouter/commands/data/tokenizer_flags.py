@@ -19,10 +19,9 @@ def add_tokenizer_flags(flags: ArgumentParser, *, required: bool) -> None:
         "--tokenizer-type",
         required=required,
         choices=TEXT_TOKENIZER_TYPES,
-        help=(
-            "type of the tokenizer; ByteTokenizer uses each byte as a token, the other types need a "
-            "tokenizer file"
-        ),
+        metavar="NAME",
+        help=f"type of the tokenizer: {', '.join(TEXT_TOKENIZER_TYPES)}. ByteTokenizer uses each byte as a "
+        "token; the other types need a tokenizer file",
     )
     group.add_argument(
         "--tokenizer-model",

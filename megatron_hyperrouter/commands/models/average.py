@@ -1,8 +1,8 @@
 """Average checkpoints of a run into a new run folder for evaluate, generate, export-hf and train --finetune.
 
-Name the checkpoints with --steps, or take the newest ones with --last.  Their weights are equal, given by
---weights, or those of an exponential moving average (--ema).  average_certificate.json in the new folder
-lists what was averaged.
+Name the checkpoints with --steps, or take the newest ones with --last.  The default is the plain mean;
+--weights sets a factor for each checkpoint, and --ema computes an exponential moving average.
+average_certificate.json in the new folder lists the averaged checkpoints and their factors.
 """
 
 from __future__ import annotations
@@ -142,15 +142,15 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         type=float,
         nargs="+",
         metavar="W",
-        help="weight of each checkpoint, oldest first (default: equal weights)",
+        help="factor of each checkpoint in the average, oldest first (default: equal factors)",
     )
     add(
         "--ema",
         type=float,
         metavar="DECAY",
         help=(
-            "exponential moving average: the weight of each checkpoint is DECAY times the weight of the "
-            "next newer one"
+            "exponential moving average: the factor of each checkpoint is DECAY times the factor of the "
+            "next newer checkpoint"
         ),
     )
     args = flags.parse_args(arguments)

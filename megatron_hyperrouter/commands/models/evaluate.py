@@ -1,9 +1,9 @@
 """Score a trained run at several k: how does the loss change if each token uses fewer or more experts?
 
 The command writes {"results": [{"topk", "lm_loss", "perplexity", "bits_per_byte", "tokens"}, ...]} to
---output and a table to stdout.  Perplexity is per token.  If the manifests of the data count words,
-"word_perplexity" gives the perplexity per word for each k.  The command runs in one process, or on several
-ranks under torchrun or deepspeed.
+--output and a table to stdout.  Perplexity is per token.  If the manifests of the data
+(P_KEY_document.manifest.json) count words, "word_perplexity" gives the perplexity per word for each k.  The
+command runs in one process, or on several ranks under torchrun or deepspeed.
 """
 
 from __future__ import annotations

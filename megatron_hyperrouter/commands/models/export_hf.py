@@ -241,8 +241,8 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     add(
         "--calibrate-k",
         action="store_true",
-        help="rescale the output of each MoE layer for --topk, like mhr evaluate --calibrate-k; the "
-        "second matrix of each expert is multiplied by the scale of its layer",
+        help="rescale the output of each MoE layer for --topk, as mhr evaluate --calibrate-k does, by "
+        "multiplying the second matrix of each expert by the scale of its layer",
     )
     add("--license", metavar="NAME", help="license to name in the model card, such as apache-2.0")
     add("--no-proof", action="store_true", help="write the folder without comparing it with transformers")

@@ -1,8 +1,9 @@
-"""Write a run's weights as a megatron-core checkpoint, to continue in Megatron-LM with its router and layers.
+"""Write a run's weights as a megatron-core checkpoint, to continue training in Megatron-LM.
 
-Megatron-LM reads the folder with --load (and --finetune --no-load-optim --no-load-rng).  It was tested with
-megatron-core's GPTModel, built from Transformer Engine layers.  The router becomes a plain matrix; for a
-HyperRouter, it is the matrix that it generates.  Prints the folder and Megatron-LM's flags for the model.
+Megatron-LM then uses its own router and layers.  It reads the folder with --load (and --finetune
+--no-load-optim --no-load-rng).  The export was tested with megatron-core's GPTModel, built from Transformer
+Engine layers.  The router is exported as a plain matrix; for a HyperRouter, this is the matrix that the
+hypernetwork generates.  The command prints the folder and Megatron-LM's flags for the model.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Train a classification head on a trained run, and test it at several k.
+"""Fine-tune a trained run with a classification head, and test it at several k.
 
 The task folder contains train.jsonl, dev.jsonl and test.jsonl ({"text", "label"}) and labels.json, or the
-original files of SST-2, SST-5, IMDB or BANKING77. The weights with the best score on dev are tested once
-and saved in seed-N. The command writes results.json, predictions.jsonl, training.jsonl and finetuning.json
-to --output. After an interruption, run the same command again to continue. --test tests saved weights again,
-and --compare compares two output folders. The command runs in one process, or on several ranks under
-torchrun or deepspeed.
+original files of SST-2, SST-5, IMDB or BANKING77. For each seed N, the weights with the best score on dev are
+tested once and saved in the folder seed-N of --output. The command writes results.json, predictions.jsonl,
+training.jsonl and finetuning.json to --output, too. After an interruption, run the same command again to
+continue. --test tests saved weights again, and --compare compares two output folders. The command runs in one
+process, or on several ranks under torchrun or deepspeed.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ def all_flags(description: str) -> Parser:
         "--test",
         action="store_true",
         help=(
-            "instead of training, test the weights in --load OUTPUT/seed-N, which an earlier "
-            "fine-tuning run has saved"
+            "instead of training, test the weights that an earlier fine-tuning run has saved; name them with "
+            "--load OUTPUT/seed-N"
         ),
     )
     flags.add_argument(
@@ -85,9 +85,7 @@ def all_flags(description: str) -> Parser:
     )
     _method(flags)
     _course(flags)
-    layout = flags.add_argument_group(
-        "engine and layout (default: as in the run, if its layout fits the number of ranks)"
-    )
+    layout = flags.add_argument_group("engine and layout (default: as in the run if that fits the ranks)")
     layout.add_argument("--engine", choices=("deepspeed", "megatron"), help="training engine")
     for name in _LAYOUT:
         meaning = f"{name.removesuffix('_model_parallel_size')}-parallel size"

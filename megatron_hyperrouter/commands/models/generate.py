@@ -2,8 +2,8 @@
 
 Decoding is greedy by default.  With --temperature above 0, tokens are sampled; --top-p limits them to the
 most likely ones.  Prompts come from --prompt, from --prompt-file (one per line), or from stdin.  The command
-runs in one process on the CPU, without a training engine, except that --calibrate-k opens the run's engine
-once to measure the scales.
+runs in one process on the CPU, without a training engine.  Only --calibrate-k starts the run's engine once,
+to measure how the MoE outputs have to be rescaled.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         help="nucleus sampling: sample only from the most likely tokens that together have probability X "
         "(default: 1, all tokens)",
     )
-    add("--seed", type=int, default=1234, help="random seed for sampling (default: 1234)")
+    add("--seed", type=int, default=1234, metavar="N", help="random seed for sampling (default: 1234)")
     add(
         "--calibrate-k",
         action="store_true",

@@ -4,8 +4,8 @@ A mixture-of-experts model keeps its router (--router topk), or a HyperRouter is
 (--router hyper).  In both cases the run computes the same function as the given model.  --reset-router
 initializes a new router at random, so the run's outputs differ from the model's.  --upcycle E turns a dense
 model (Llama, Mistral, Qwen3, or a run of this program with one expert) into a mixture of E experts.  The
-command compares the run with transformers, and writes the result to import_certificate.json in the run
-folder.
+command compares the run with the given model in transformers, and writes the result to
+import_certificate.json in the run folder.
 """
 
 from __future__ import annotations
@@ -360,5 +360,6 @@ def _upcycling_flags(flags: ArgumentParser) -> None:
         "--seed",
         type=int,
         default=1234,
+        metavar="N",
         help="random seed for the new router, --noise and --redraw (default: 1234)",
     )

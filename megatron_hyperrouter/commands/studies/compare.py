@@ -67,9 +67,10 @@ On test data at the final k of training, also averaged over layers:
   logit std        standard deviation of the logits
   MI               mutual information between token and expert, in nats
   similarity       mean linear CKA between the outputs of two experts
-  effective rank   of the router's part of the Jacobian
-  drift            share of the span of the router's matrix that lies outside its span at the start of
-                   training; "-" for a router that is not a linear map
+  effective rank   effective rank of the router's part of the layer's Jacobian
+  drift            how far the row space of the router's matrix has moved since the start of training, from
+                   0 (not at all) to 1 (orthogonal to the row space at the start); "-" for a router that is
+                   not a linear map
 The step time is a median; it is not reliable if --jobs is more than 1.  results.json of each run has the
 measures of each layer.  mhr report makes a page of plots from the folder."""
 
@@ -153,7 +154,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
     )
     flags.add_argument("--no-matched-control", action="store_true", help="do not add a random control router")
     flags.add_argument(
-        "--options", metavar="FILE", help="YAML file with the options of each router, see below"
+        "--options", metavar="FILE", help="YAML file with the options of each router (see below)"
     )
     flags.add_argument(
         "--test-iters",

@@ -1,8 +1,9 @@
 """Make one HTML page of plots and tables from runs and studies.
 
-Takes run folders; folders of mhr compare, mhr finetune and mhr scaling; and files of mhr evaluate and mhr
-analyze.  evaluation.json and analysis.json in a run folder are included in its report.  The page needs no
-network and no JavaScript, and can be printed.  The same files give the same page, byte for byte.
+The command reads run folders; output folders of mhr compare, mhr finetune and mhr scaling; and output files
+of mhr evaluate and mhr analyze.  If a run folder contains evaluation.json or analysis.json, the page includes
+these files.  The page needs no network and no JavaScript, and can be printed.  The same files give the same
+page, byte for byte.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
   mhr scaling loss --config FILE --output DIR --axis hidden_size 64 128 256 --axis num_experts 4 8 16
   mhr scaling speed --config FILE --output DIR --ranks 1 2 4 --layouts "" "ep=2"
 
-Each study has its own flags: see mhr scaling loss --help.  docs/scaling.md explains the results.
+Each study has its own flags: see mhr scaling loss --help and mhr scaling speed --help.  docs/scaling.md
+explains the results.
 """
 
 from __future__ import annotations

@@ -6,9 +6,11 @@ batch size, switches dropout off, and trains on random tokens unless you give --
 shortened to the number of steps.  Adam's epsilon is raised to at least 1e-4: with a smaller epsilon, the
 rounding errors of a gradient near zero would become a full step.
 
-  mhr verify --config FILE.yaml                                                       one machine
-  torchrun --nnodes 2 --nproc_per_node 8 tools/verify_layouts.py --config FILE.yaml   a cluster
-  deepspeed --hostfile hosts tools/verify_layouts.py --config FILE.yaml               a cluster
+On one machine:
+  mhr verify --config FILE.yaml
+On a cluster, with one of these launchers:
+  torchrun --nnodes 2 --nproc_per_node 8 tools/verify_layouts.py --config FILE.yaml
+  deepspeed --hostfile hosts tools/verify_layouts.py --config FILE.yaml
 
 Without a launcher, the command starts all ranks on this machine: on its GPUs if there is one for each rank,
 else on its CPU.  Under a launcher, each layout runs on the first ranks; start as many as the largest layout
@@ -54,6 +56,7 @@ smallest number of ranks that its sizes allow.  tp also switches sequence parall
   --layouts tp=2,ep=2 pp=2,vpp=2 tp=2,pp=2,ep=2 "dp=2,use_distributed_optimizer=true"
 If the settings do not allow a layout, the table shows the reason.  If they allow none of the layouts that you
 named, the exit status is 2.
+
 To test this command itself, a layout can contain a deliberate fault: fault=expert-gradient,
 fault=embedding-reduce, fault=aux-loss or fault=hypernetwork.
 
@@ -133,7 +136,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         nargs="+",
         default=LAYOUTS,
         metavar="LAYOUT",
-        help=f"layouts to check, see below (default: {' '.join(LAYOUTS)})",
+        help=f"layouts to check (see below; default: {' '.join(LAYOUTS)})",
     )
     flags.add_argument(
         "--engines",
@@ -142,17 +145,24 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         default=ENGINES,
         help="engines to check; the first one is the reference (default: both)",
     )
-    flags.add_argument("--steps", type=int, default=3, help="number of optimizer steps per run (default: 3)")
+    flags.add_argument(
+        "--steps", type=int, default=3, metavar="N", help="number of optimizer steps per run (default: 3)"
+    )
     flags.add_argument(
         "--own-data", action="store_true", help="train on the data in --config instead of random tokens"
     )
     flags.add_argument(
-        "--vocab-size", type=int, default=256, help="vocabulary size of the random tokens (default: 256)"
+        "--vocab-size",
+        type=int,
+        default=256,
+        metavar="N",
+        help="vocabulary size of the random tokens (default: 256)",
     )
     flags.add_argument(
         "--timeout",
         type=float,
         default=1800,
+        metavar="S",
         help="time limit in seconds for each group of layouts with the same number of ranks (default: 1800)",
     )
     flags.add_argument(
@@ -162,7 +172,9 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         help="folder for temporary weights; under a launcher, all nodes must be able to read it "
         "(default: runs)",
     )
-    flags.add_argument("--output", type=Path, metavar="JSON", help="also write the results to this JSON file")
+    flags.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="also write the results to this JSON file"
+    )
     args = flags.parse_args(arguments)
     args.engines = list(dict.fromkeys(args.engines))
     flags.check_at_least(args, 1, "steps")
