@@ -128,7 +128,7 @@ def _rates(facts: Sequence[Facts], names: Sequence[str]) -> Finding:
     gpu = bool(facts[0]["gpus"])
     text = f"each rank reaches {usual / 1e12:,.3g} TFLOP/s in matrix products"
     slow = [
-        f"{names[rank]}: {rate / usual:.0%} of the median"
+        f"{names[rank]} reaches {rate / usual:.0%} of the median"
         for rank, rate in sorted(enumerate(rates), key=lambda pair: pair[1])
         if rate < (_USUAL_GPU if gpu else _SLOW_CPU) * usual
     ]

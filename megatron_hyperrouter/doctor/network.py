@@ -83,8 +83,8 @@ def examine_collectives(ranks: Ranks, names: Sequence[str]) -> tuple[list[Findin
     if broken:  # a rank that was left alone does not know why
         first = first_of([text for _, text in sorted(broken, key=lambda each: each[0])])
         remedy = (
-            "check the ports above, or set NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME "
-            "(NCCL_DEBUG=INFO shows more)"
+            "check that the firewall allows connections between these machines, or set "
+            "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME (NCCL_DEBUG=INFO shows more)"
         )
         return [fault("collectives", f"ranks cannot exchange tensors: {first}", remedy)], {}
     return [_judge(pairs, names, numbers, device.type)], numbers

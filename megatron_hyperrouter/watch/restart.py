@@ -31,7 +31,11 @@ def worth_restarting(
         return False, "the run is finished"
     unseen = _unseen(trace.opening or {}, {} if environ is None else environ)
     if unseen >= MOST_ATTEMPTS:
-        return False, f"{unseen} attempts in a row ended before their first event (exit status {exit_status})"
+        return (
+            False,
+            f"{unseen} attempts in a row ended before they recorded a start in events.jsonl "
+            f"(exit status {exit_status})",
+        )
     recorded = exit_status if status.exit_status is None else status.exit_status
     if recorded in _NEVER:
         return False, _no_use(recorded)
@@ -44,7 +48,8 @@ def worth_restarting(
     if same >= MOST_ATTEMPTS:
         return (
             False,
-            f"{same} attempts in a row started after step {begun[-1]}, and none of them saved a later step",
+            f"{same} attempts in a row started after step {begun[-1]}, and none of them saved a later "
+            "checkpoint",
         )
     return True, (
         f"the run ended with exit status {recorded} "

@@ -91,8 +91,12 @@ def _state(trace: Trace, late: list[str], *, alive: bool) -> tuple[str, str, int
     begins_again = alive and (trace.held_since or 0.0) > newest
     if not trace.events or (closing is not None and begins_again):
         if alive:
-            return "running", "the run is starting and has not recorded an event yet", None
-        return "failed", "the run ended before its first event; its log shows why", None
+            return "running", "the run is starting and has not recorded its start in events.jsonl yet", None
+        return (
+            "failed",
+            "the run ended before it recorded a start in events.jsonl; the log of the job shows why",
+            None,
+        )
     if closing is not None:
         status = closing.get("status")
         return STATES[closing["event"]], _why(closing), int(status) if isinstance(status, int) else None

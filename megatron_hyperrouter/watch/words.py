@@ -20,8 +20,12 @@ def lines_of(status: Status) -> list[tuple[str, str]]:
     rows.append(("restarts", str(status.restarts)))
     rows += [("", f"{number}. {cause}") for number, cause in enumerate(status.causes[-3:], _first(status))]
     if status.goodput is not None and status.wall is not None:
-        repeated = f"; {duration(status.repeated)} repeated after restarts" if status.repeated >= 1 else ""
-        spent = f"{duration(status.trained)} of {duration(status.wall)} in steps{repeated}"
+        repeated = (
+            f"; {duration(status.repeated)} spent on repeating steps after restarts"
+            if status.repeated >= 1
+            else ""
+        )
+        spent = f"{duration(status.trained)} of {duration(status.wall)} spent in training steps{repeated}"
         rows.append(("goodput", f"{status.goodput:.1%} ({spent})"))
     if status.hosts:
         more = f" and {len(status.hosts) - 4} more" if len(status.hosts) > 4 else ""

@@ -355,7 +355,7 @@ class TestResume:
 
     def test_other_sizes_are_all_named(self, config: RunConfig, again: RunConfig) -> None:
         run(config)
-        with pytest.raises(CheckpointError, match="has other sizes") as caught:
+        with pytest.raises(CheckpointError, match="has different sizes") as caught:
             run(change(again, "model", hidden_size=512, num_experts=4, mlp_type="residual"))
         for words in (
             "--hidden-size was 256 in the checkpoint and is now 512",
@@ -374,7 +374,7 @@ class TestResume:
         train(engine, config, splits(), hooks_for(config, engine.place))
         before = [path.read_bytes() for path in files]
         other = change(again, "model", hidden_size=512)
-        with pytest.raises(CheckpointError, match="has other sizes"):
+        with pytest.raises(CheckpointError, match="has different sizes"):
             train(engine, other, splits(), hooks_for(other, engine.place))
         assert [path.read_bytes() for path in files] == before
         assert "hidden_size: 256" in files[0].read_text()

@@ -236,7 +236,7 @@ class TestRestart:
         write_events(run_dir, {"event": "start", "time": 1.0}, opening, opening, opening)
         assert worth_restarting(run_dir, 1) == (
             False,
-            "3 attempts in a row started after step 100, and none of them saved a later step",
+            "3 attempts in a row started after step 100, and none of them saved a later checkpoint",
         )
         write_events(run_dir, opening, opening, {**opening, "step": 120})
         assert worth_restarting(run_dir, 1)[0] is True

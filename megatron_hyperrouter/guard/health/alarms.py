@@ -105,7 +105,9 @@ class Alarms:
         return (
             None
             if threshold is None
-            else MeasureOutOfRange("collapse", layer, similarity[layer], threshold, step)
+            else MeasureOutOfRange(
+                "collapse", layer, similarity[layer], threshold, step, "similarity of experts"
+            )
         )
 
     def _tell_late(self, step: int, late: LateRank, tell: Callable[..., None]) -> None:

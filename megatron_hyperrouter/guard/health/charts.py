@@ -39,6 +39,7 @@ class Measure:
     """
 
     alarm: str  # of --alarm
+    number: str  # what is measured, in words
     layer_metric: str | None  # of engines.statistics.LAYER_METRICS: the worst layer counts; None: the loss
     sign: int
     floor: float
@@ -57,11 +58,25 @@ def _half_of_the_worst(run: Conditions) -> float:
 
 MEASURES: tuple[Measure, ...] = (
     # One dead expert more than usual is no alarm: in healthy runs it comes and goes.
-    Measure("dead_experts", "dead_share", 1, 0.03, lambda run: 0.25, experts=1.5),
-    Measure("imbalance", "load_max_over_mean", 1, 0.15, _half_of_the_worst, 20),
-    Measure("entropy", "entropy", -1, 0.02, lambda run: 0.1 * math.log(run.num_experts) * (run.topk > 1)),
-    Measure("collapse", "effective_experts", -1, 0.02, lambda run: 0.5 * run.topk / run.num_experts),
-    Measure("loss_spike", None, 1, 0.05, sigma=10.0),
+    Measure("dead_experts", "share of dead experts", "dead_share", 1, 0.03, lambda run: 0.25, experts=1.5),
+    Measure("imbalance", "load max/mean", "load_max_over_mean", 1, 0.15, _half_of_the_worst, 20),
+    Measure(
+        "entropy",
+        "router entropy in nats",
+        "entropy",
+        -1,
+        0.02,
+        lambda run: 0.1 * math.log(run.num_experts) * (run.topk > 1),
+    ),
+    Measure(
+        "collapse",
+        "effective number of experts / E",
+        "effective_experts",
+        -1,
+        0.02,
+        lambda run: 0.5 * run.topk / run.num_experts,
+    ),
+    Measure("loss_spike", "lm_loss", None, 1, 0.05, sigma=10.0),
 )
 NAMES = tuple(measure.alarm for measure in MEASURES)
 
@@ -75,11 +90,15 @@ class MeasureOutOfRange:
     value: float
     threshold: float
     since: int  # the first step beyond the threshold
+    number: str  # what the value is, in words
 
     def __str__(self) -> str:
         where = "" if self.layer is None else f" in layer {self.layer}"
+        side = "below" if self.value < self.threshold else "above"
+        if math.isnan(self.value):
+            side = "outside"
         return (
-            f"{self.measure}{where}: {self.value:.4g}, outside the limit "
+            f"{self.measure}{where}: {self.number} = {self.value:.4g}, {side} the limit "
             f"{self.threshold:.4g} since step {self.since}"
         )
 
@@ -194,7 +213,7 @@ class HealthCharts:
                 continue
             if alarm := watch.see(value, run, step=step):
                 threshold, since = alarm
-                found.append(MeasureOutOfRange(name, layer, value, threshold, since))
+                found.append(MeasureOutOfRange(name, layer, value, threshold, since, watch.measure.number))
         return found
 
     def _all(self) -> list[Watch]:

@@ -61,7 +61,7 @@ RULES = (
         lambda result: result.data_waits,
         late_data,
         "all ranks waited for its data, for {value:.0%} of the time of steps {since} to {step}",
-        "use more --num-workers, or check the disk of its machine",
+        "use a larger --num-workers, or check the disk of its machine",
     ),
     Rule(
         "slow_rank",

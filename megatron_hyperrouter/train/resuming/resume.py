@@ -68,7 +68,10 @@ def _refuse_misfit(start: Start, config: RunConfig, engine: Engine, tokenizer: M
     theirs = f"use the settings of the run that wrote the checkpoint, from {start.folder}/{SETTINGS}"
     if lines := list(differences("sizes", saved, ours)):
         raise CheckpointError(
-            "\n  - ".join([f"the model in {start.folder} has other sizes:", *lines]), remedy=theirs
+            "\n  - ".join(
+                [f"the model in {start.folder} has different sizes from the model of this run:", *lines]
+            ),
+            remedy=theirs,
         )
     if start.weights_only:
         return
@@ -96,7 +99,7 @@ def _refuse_other_growth(start: Start, saved: Mapping[str, Any], ours: Mapping[s
     growing = saved.get("order", {}).get("rampup_batch_size") or ours["order"]["rampup_batch_size"]
     if growing and (lines := [line for line in lines if "batch-size" in line]):
         raise CheckpointError(
-            "\n  - ".join([f"{start.folder} was written with other batch sizes:", *lines]),
+            "\n  - ".join([f"{start.folder} was written with different batch sizes:", *lines]),
             remedy="use the batch sizes of that run, or start a new run from its weights with --finetune",
         )
 
