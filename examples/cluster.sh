@@ -31,6 +31,7 @@ done
 # Check HOSTFILE here: for a wrong line, the launcher prints a traceback, and for a machine that it cannot reach, it prints nothing
 # for a long time.
 hosts=()
+declare -A slots
 number=0
 while IFS= read -r line || [ -n "$line" ]; do
   number=$((number + 1))
@@ -38,26 +39,37 @@ while IFS= read -r line || [ -n "$line" ]; do
   line=${line%"${line##*[![:space:]]}"}
   line=${line#"${line%%[![:space:]]*}"}
   [ -n "$line" ] || continue
-  [[ $line =~ ^([^[:space:]]+)[[:space:]]+slots=[1-9][0-9]*([[:space:]].*)?$ ]] \
+  [[ $line =~ ^([^[:space:]]+)[[:space:]]+slots=([1-9][0-9]*)([[:space:]].*)?$ ]] \
     || fail "$hostfile, line $number: '$line' must be the name of a machine and its number of GPUs" "write it as: node1 slots=8"
   host=${BASH_REMATCH[1]}
   [[ " ${hosts[*]} " != *" $host "* ]] || fail "$hostfile, line $number: $host is listed twice" "keep one line for each machine"
   hosts+=("$host")
+  slots[$host]=${BASH_REMATCH[2]}
 done <"$hostfile"
 [ ${#hosts[@]} -gt 0 ] || fail "$hostfile lists no machine" "write a line such as: node1 slots=8"
 
 # find the machines that remain after the launcher's flags --include and --exclude
 chosen=("${hosts[@]}")
+choice=''
 for ((i = 0; i < ${#launcher[@]}; i++)); do
   case ${launcher[i]} in
     --include=* | --exclude=*) flag=${launcher[i]%%=*} list=${launcher[i]#*=} ;;
     --include | --exclude | -i | -e) flag=${launcher[i]} list=${launcher[i + 1]:-} ;;
     *) continue ;;
   esac
+  [ -z "$choice" ] || fail "$choice and $flag are both given" "keep one of the two"
+  choice="$flag $list"
   names=" ${list//@/ } "
   for name in $names; do
-    [[ " ${hosts[*]} " == *" ${name%%:*} "* ]] \
-      || fail "$flag $list: ${name%%:*} is not in $hostfile" "use the machines that it lists: ${hosts[*]}"
+    host=${name%%:*} asked=${name#*:}
+    [[ " ${hosts[*]} " == *" $host "* ]] || fail "$choice: $host is not in $hostfile" "use the machines that it lists: ${hosts[*]}"
+    [ "$name" != "$host" ] || continue
+    [[ $name =~ ^[^:]+:[0-9]+(,[0-9]+)*$ ]] || fail "$choice: '$name' must be a machine and its slots" "write it as: $host:0,1"
+    last=$((${slots[$host]} - 1))
+    for slot in ${asked//,/ }; do
+      [ "$((10#$slot))" -le "$last" ] \
+        || fail "$choice: $host has no slot $slot" "use its slots from 0 to $last, as listed in $hostfile"
+    done
   done
   kept=()
   for host in "${chosen[@]}"; do
@@ -66,7 +78,7 @@ for ((i = 0; i < ${#launcher[@]}; i++)); do
       *) [[ $names == *" $host "* ]] || kept+=("$host") ;;
     esac
   done
-  [ ${#kept[@]} -gt 0 ] || fail "$flag $list leaves no machine of $hostfile" "exclude fewer machines"
+  [ ${#kept[@]} -gt 0 ] || fail "$choice leaves no machine of $hostfile" "exclude fewer machines"
   chosen=("${kept[@]}")
 done
 

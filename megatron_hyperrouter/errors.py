@@ -36,6 +36,15 @@ class Problem:
         return f"{self.field}{given}: {self.rule}\n    remedy: {self.remedy}"
 
 
+class BadValue(ValueError):
+    """A value that cannot be read: the rule and the remedy of the problem to report."""
+
+    def __init__(self, rule: str, remedy: str) -> None:
+        super().__init__(rule)
+        self.rule = rule
+        self.remedy = remedy
+
+
 class ConfigError(HyperRouterError):
     """Settings that cannot run; lists every problem at once (exit status 2)."""
 

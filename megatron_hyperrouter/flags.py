@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-import os
 import re
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_hyperrouter.errors import ConfigError, Problem
+from megatron_hyperrouter.errors import BadValue, ConfigError, Problem
+from megatron_hyperrouter.paths import expanded
 
 _KINDS = {"int": "an integer", "float": "a finite number", "size": "a size such as 500MB or 5GB"}
 _LIKENESS = 0.7
@@ -19,7 +20,7 @@ _WIDEST = 108  # columns; longer lines are hard to read
 # A line of a list in a description: "  runs.csv   one row per run".
 _ROW = re.compile(r"(?P<head> +\S.{0,24}? {2,})(?P<text>\S.*)")
 # what --help calls a value that is a path, or a list of them
-PATHS = re.compile(r"FILE(\.\w+)?|DIR|FOLDER|P|RUN|RUN_DIR|RUN_OR_(FOLDER|STUDY)|JSON|tokenizer\.json")
+PATHS = re.compile(r"FILE(\.\w+)?|PYTHON|DIR|FOLDER|P|RUN|RUN_DIR|RUN_OR_(FOLDER|STUDY)|JSON|tokenizer\.json")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -75,19 +76,17 @@ class Parser(argparse.ArgumentParser):
         return [flag for action in self._actions for flag in action.option_strings]
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """Called by argparse for each value; a shell leaves the home folder in ``--load=~/run`` as it is."""
+        """Called by argparse for each value; a shell leaves the home folder in ``--load=~/run`` as it is, and
+        a YAML file of flags never meets one.
+        """
         is_path = isinstance(action.metavar, str) and PATHS.fullmatch(action.metavar)
-        if is_path and arg_string.startswith("~"):
-            arg_string = self._at_home(action, arg_string)
+        if action.type is Path or is_path:
+            try:
+                arg_string = expanded(arg_string)
+            except BadValue as bad:
+                name = "/".join(action.option_strings) or str(action.metavar)
+                self.refuse(name, arg_string, bad.rule, bad.remedy)
         return super()._get_value(action, arg_string)
-
-    def _at_home(self, action: argparse.Action, path: str) -> str:
-        full = os.path.expanduser(path)
-        if full.startswith("~"):
-            name = "/".join(action.option_strings) or str(action.metavar)
-            remedy = "write ./~ if the name really starts with ~"
-            self.refuse(name, path, "starts with the home folder of an unknown user", remedy)
-        return full
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse with its message; raises ConfigError with a message in this program's style."""

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from distributed import environment
 
 import megatron_hyperrouter
+from megatron_hyperrouter.commands.models.finetune_flags import read_flags as finetune_flags
+from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.errors import ConfigError
 from megatron_hyperrouter.flags import PATHS
+from megatron_hyperrouter.paths import unexpanded
+from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.terminal import parser
 
 
@@ -103,3 +110,90 @@ def test_a_number_is_finite(word: str) -> None:
     assert read("--factor", "1e-3")["factor"] == 1e-3
     with pytest.raises(ConfigError, match=f"--factor = {word}: must be a finite number"):
         read(f"--factor={word}")
+
+
+@pytest.fixture
+def places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/elsewhere/me")
+    monkeypatch.setenv("SCRATCH", "/fast")
+    monkeypatch.delenv("NO_SUCH", raising=False)
+
+
+WORDS = [
+    ("$SCRATCH/a", "/fast/a"),
+    ("${SCRATCH}s/a", "/fasts/a"),
+    ("~/a", "/elsewhere/me/a"),
+    ("./~", "./~"),
+    ("cost$$", "cost$"),
+    ("a $ b", "a $ b"),
+]
+
+
+@pytest.mark.usefixtures("places")
+@pytest.mark.parametrize(("word", "path"), WORDS)
+def test_one_rule_for_paths_in_flags_of_tools_flags_of_the_program_and_yaml_files(
+    tmp_path: Path, word: str, path: str
+) -> None:
+    flags = parser("")
+    flags.add_argument("--load", metavar="RUN_DIR")
+    flags.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"))
+    flags.add_argument("--prompt", metavar="TEXT")
+    args = flags.parse_args(["--load", word, "--compare", word, "b", "--prompt", word])
+    assert (args.load, args.compare, args.prompt) == (path, [Path(path), Path("b")], word)
+
+    file = tmp_path / "run.yaml"
+    file.write_text(f"mock_data: true\ndata_cache_path: '{word}'\n")
+    config = parse(["--config", str(file), "--run-dir", word], routers=ROUTERS)
+    assert (config.logging.run_dir, config.data.data_cache_path) == (path, path)
+
+    (tmp_path / "finetune.yaml").write_text(f"load: r\ntask: '{word}'\noutput: o\n")
+    args = finetune_flags(["--config", str(tmp_path / "finetune.yaml")], "")
+    assert args.task == Path(path)
+
+
+@pytest.mark.usefixtures("places")
+@pytest.mark.parametrize("path", ["/fast/a", "~/a", "~", "cost$", "$SCRATCH", "$$", "${", "a b"])
+def test_a_path_reaches_another_program_of_ours_unchanged(path: str) -> None:
+    flags = parser("")
+    flags.add_argument("--output", type=Path)
+    assert flags.parse_args(["--output", unexpanded(path)]).output == Path(path)
+
+
+@pytest.mark.usefixtures("places")
+def test_the_settings_file_is_a_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("mock_data: true\ntrain_iters: 7\n")
+    assert parse(["--config", "$SCRATCH/run.yaml"], routers=ROUTERS).train.train_iters == 7
+    (tmp_path / "finetune.yaml").write_text("load: r\ntask: t\noutput: o\nseeds: 7\n")
+    assert finetune_flags(["--config", "$SCRATCH/finetune.yaml"], "").seeds == 7
+
+
+@pytest.mark.usefixtures("places")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "$NO_SUCH/p"],
+        ["preprocess", "--input", "$NO_SUCH/a", "--output-prefix", "p", "--tokenizer-type", "ByteTokenizer"],
+        ["corpus", "--output", "${NO_SUCH}/c.jsonl"],
+        ["status", "$NO_SUCH"],
+        ["train", "--mock-data", "--run-dir", "$NO_SUCH/r"],
+        ["train", "--config", "$NO_SUCH/r.yaml"],
+        ["train", "--config", "written.yaml"],
+        ["finetune", "--config", "$NO_SUCH/r.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_a_variable_that_is_not_set_is_an_error_and_no_folder(tmp_path: Path, words: list[str]) -> None:
+    (tmp_path / "written.yaml").write_text("mock_data: true\nrun_dir: $NO_SUCH/r\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_hyperrouter", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.count("uses the environment variable NO_SUCH, which is not set") == 1
+    assert "remedy: set NO_SUCH, or write $$ for a dollar sign" in done.stderr
+    assert [each.name for each in tmp_path.iterdir()] == ["written.yaml"]

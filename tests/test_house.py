@@ -65,6 +65,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "flags": (set(), set()),
     "terminal": (set(), {"rich"}),
     "files": (set(), set()),
+    "paths": (set(), set()),
     "processes": (set(), set()),
     "config": (set(), {"annotated_types", "pydantic", "yaml"}),
     "ops": (set(), {"torch"}),
@@ -145,7 +146,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     # the package's own __init__, which hands out names, and __main__
     "": ({"routers", "engines", "engines/deepspeed", "engines/megatron", "commands"}, set()),
 }
-OPEN = {"errors", "console", "flags", "terminal", "files", "processes"}
+OPEN = {"errors", "console", "flags", "terminal", "files", "paths", "processes"}
 ROOM_LIMITS = {"tools": 30}  # wrappers of 8 lines, one for each command
 
 # Names that hold what a file registers or a process has found out, filled once and only read afterwards.

@@ -75,7 +75,6 @@ echo "attempt $((attempt + 1)): $nodes node(s) x $ranks rank(s), $cores core(s) 
 
 status=0
 if [ "${DOCTOR:-0}" = 1 ]; then
-  mkdir -p "$run_dir"
   "${by_rank[@]}" python tools/doctor.py --run-dir "$run_dir" --json "$run_dir/doctor.json" || exit $?
 fi
 if [ "${LAUNCHER:-srun}" = torchrun ]; then

@@ -19,7 +19,6 @@ from megatron_hyperrouter.config.megatron.carry import (
 from megatron_hyperrouter.config.reading import foreign
 from megatron_hyperrouter.config.reading.sources import YamlFile
 from megatron_hyperrouter.config.reading.values import (
-    BadValue,
     convert,
     from_file,
     from_words,
@@ -27,7 +26,7 @@ from megatron_hyperrouter.config.reading.values import (
     switched_off,
 )
 from megatron_hyperrouter.config.tree import RouterChoice, RunConfig
-from megatron_hyperrouter.errors import ConfigError, Problem
+from megatron_hyperrouter.errors import BadValue, ConfigError, Problem
 
 ROUTER_NAME = "router.name"
 ABSENT: Final = object()

@@ -33,13 +33,14 @@ def examine_folder(
     ``names``: what each rank is called; ``checkpoint``: bytes of one; ``first_ranks``: one of each machine.
     """
     token = ranks.tell("folder/token", secrets.token_hex(4))
+    new = [each for each in (run_dir, *run_dir.parents) if not each.exists()] if ranks.rank == 0 else []
     folder = run_dir / f".doctor-{token}"
     error = ""
     if ranks.rank == 0:
         error = _reason(lambda: _begin(folder, token))
-    if error := ranks.tell("folder/error", error):
-        return [fault("run folder", f"{run_dir} cannot be written: {error}", "give another --run-dir")]
     try:
+        if error := ranks.tell("folder/error", error):
+            return [fault("run folder", f"{run_dir} cannot be written: {error}", "give another --run-dir")]
         found = _shared(ranks, names, folder, token)
         if ranks.tell("folder/usable", all(each.level != "fault" for each in found)):
             found += _rename(ranks, folder)
@@ -50,7 +51,7 @@ def examine_folder(
         ranks.meet("folder/done")
     finally:
         if ranks.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+            _leave(folder, new)
     return found
 
 
@@ -61,6 +62,16 @@ def size_of_newest_checkpoint(run_dir: Path) -> int | None:
         if steps:
             return sum(path.stat().st_size for path in steps[-1].rglob("*") if path.is_file())
     return None
+
+
+def _leave(folder: Path, new: Sequence[Path]) -> None:
+    """Remove the files of the checks, and the folders above them that the checks have made, innermost
+    first.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # something else has put a file there
+        for each in new:
+            each.rmdir()
 
 
 def _begin(folder: Path, token: str) -> None:

@@ -17,6 +17,7 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from megatron_hyperrouter.paths import unexpanded
 from megatron_hyperrouter.studies.jobs import (
     check_collected,
     common_parser,
@@ -81,9 +82,9 @@ class Trained(StudyRun):
         """Train, and score what was trained to its end."""
         words = [
             "--load",
-            str(self.folder),
+            unexpanded(self.folder),
             "--output",
-            str(self.folder / "results.json"),
+            unexpanded(self.folder / "results.json"),
             "--split",
             self.task["split"],
         ]

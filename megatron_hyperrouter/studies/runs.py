@@ -21,6 +21,7 @@ from megatron_hyperrouter.config.by_role import names_with
 from megatron_hyperrouter.config.leaves import flag
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.files import write_json
+from megatron_hyperrouter.paths import unexpanded
 from megatron_hyperrouter.processes import child_environment
 from megatron_hyperrouter.terminal import Bar, Stopped, note
 
@@ -133,10 +134,10 @@ def is_trained(plan: StudyRun) -> bool:
 
 def training(plan: StudyRun, ranks: int = 1) -> RunProcess:
     """Train, from the last checkpoint if there is one."""
-    load = str(plan.folder) if plan.resumes else "none"
+    load = unexpanded(plan.folder) if plan.resumes else "none"
     return RunProcess(
         "training",
-        on_ranks([*PROGRAM, "--config", str(plan.folder / "settings.yaml"), "--load", load], ranks),
+        on_ranks([*PROGRAM, "--config", unexpanded(plan.folder / "settings.yaml"), "--load", load], ranks),
     )
 
 

@@ -38,6 +38,7 @@ def main(arguments: Sequence[str]) -> None:
     from megatron_hyperrouter.config.cli import parse
     from megatron_hyperrouter.data.order.index_files import IndexCache
     from megatron_hyperrouter.errors import DataError
+    from megatron_hyperrouter.paths import unexpanded
     from megatron_hyperrouter.routers import ROUTERS
 
     class Counting(IndexCache):
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str]) -> None:
             self.asked += numbers >= self.cached_from
             return super().arrays(*key, numbers=numbers, **how)
 
-    config = parse([*(["--config", args.config] if args.config else []), *others], routers=ROUTERS)
+    file = ["--config", unexpanded(args.config)] if args.config else []
+    config = parse([*file, *others], routers=ROUTERS)
     cache = Counting(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache")
     begin = time.monotonic()
     splits = build(config, cache, world_size=args.world_size)

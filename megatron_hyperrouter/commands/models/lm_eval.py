@@ -19,6 +19,7 @@ from typing import Any
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem, reason_of
 from megatron_hyperrouter.evaluate.trained import TrainedRun, add_model_flags
 from megatron_hyperrouter.files import check_output, write_json
+from megatron_hyperrouter.paths import unexpanded
 from megatron_hyperrouter.terminal import parser, show
 
 _SAMPLES = 48
@@ -83,9 +84,9 @@ def folder_of(args: Namespace, home: Path) -> Path:
         remedy = "give a run that was trained with a HuggingFaceTokenizer or a ByteTokenizer"
         raise ConfigError([Problem("--load", load, rule, remedy)])
     folder = home / "folder"
-    words = ["--load", str(load), "--output", str(folder), "--no-proof"]
+    words = ["--load", unexpanded(load), "--output", unexpanded(folder), "--no-proof"]
     if args.tokenizer_model is not None:
-        words += ["--tokenizer-model", args.tokenizer_model]
+        words += ["--tokenizer-model", unexpanded(args.tokenizer_model)]
     export_hf.write_folder(export_hf.read_flags(words), quiet=True, served=args.topk or ())
     return folder
 

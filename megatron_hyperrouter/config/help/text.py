@@ -107,7 +107,8 @@ def _head(page: _Page, prog: str, routers: Mapping[str, Any]) -> Iterator[str]:
         "Flags override the YAML file, which overrides the defaults. A YAML key is the flag's name "
         "with underscores; the router's settings form a mapping: router: {name: hyper, "
         "hypernet_width: 256}. If --router.name differs from the name in the file, the router "
-        "settings in the file are ignored."
+        "settings in the file are ignored. In a path, on the command line or in the file, ~ and "
+        "$VARIABLE are expanded as in a shell; write $$ for a dollar sign."
     )
     yield ""
     yield from page.wrapped(f"Show one section with --help SECTION: {_names()}.")

@@ -20,8 +20,7 @@ from megatron_hyperrouter.config.megatron.table import (
     Absent,
 )
 from megatron_hyperrouter.config.megatron.translate import EARLY, in_order, worked_out
-from megatron_hyperrouter.config.reading.values import BadValue
-from megatron_hyperrouter.errors import Problem
+from megatron_hyperrouter.errors import BadValue, Problem
 
 ALL_ABSENT: Mapping[str, Absent] = MappingProxyType(
     {

@@ -12,8 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from megatron_hyperrouter.config.reading.values import BadValue, expanded
 from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes, grows_to
+from megatron_hyperrouter.errors import BadValue
+from megatron_hyperrouter.paths import expanded
 
 ReadWord = Callable[[str], "str | None"]  # the word that the same source gives to a setting of ours
 Settings = dict[str, list[str]]  # our names -> words

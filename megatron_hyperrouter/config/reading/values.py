@@ -5,7 +5,6 @@ it must be.
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -15,18 +14,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_hyperrouter.config.leaves import Leaf
 from megatron_hyperrouter.config.roles import Role
+from megatron_hyperrouter.errors import BadValue
+from megatron_hyperrouter.paths import expanded
 
 MODEL = (Role.SHAPE, Role.FUNCTION, Role.TOKENIZER)
 LIKENESS = 0.8  # below it, a suggestion is more often wrong than right
-
-
-class BadValue(ValueError):
-    """A value that its leaf refuses: the rule and the remedy of the problem to report."""
-
-    def __init__(self, rule: str, remedy: str) -> None:
-        super().__init__(rule)
-        self.rule = rule
-        self.remedy = remedy
 
 
 def from_words(leaf: Leaf, words: list[str]) -> Any:
@@ -74,35 +66,6 @@ def convert(leaf: Leaf, raw: object) -> Any:
         return _adapter(leaf).validate_python(_prepared(leaf, raw))
     except ValidationError as error:
         raise BadValue(f"must be {leaf.describe()}", _remedy(leaf, raw)) from error
-
-
-def expanded(path: str) -> str:
-    """A path in which ``~`` and ``$VARIABLE`` are expanded as in a shell; ``$$`` is a dollar sign.
-
-    Raises :class:`BadValue` if there is no such variable or user.
-    """
-    if "\0" in path:
-        raise BadValue("must not contain a NUL character", "give the name of a file or folder")
-
-    def fill(found: re.Match[str]) -> str:
-        name = found[1] or found[2]
-        if name is None:
-            return "$"
-        if name not in os.environ:
-            raise BadValue(
-                f"uses the environment variable {name}, which is not set",
-                f"set {name}, or write $$ for a dollar sign",
-            )
-        return os.environ[name]
-
-    full = re.sub(r"\$(?:\{(\w+)\}|(\w+)|\$)", fill, path)
-    if full.startswith("~"):
-        full = os.path.expanduser(full)
-        if full.startswith("~"):
-            raise BadValue(
-                "starts with the home folder of an unknown user", "write ./~ if the name really starts with ~"
-            )
-    return full
 
 
 def _as_meant(leaf: Leaf, value: Any) -> Any:

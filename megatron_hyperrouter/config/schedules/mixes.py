@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from megatron_hyperrouter.config.reading.values import expanded
 from megatron_hyperrouter.config.reading.yaml_text import load_yaml, parse_yaml
 from megatron_hyperrouter.config.tree import DataConfig
+from megatron_hyperrouter.paths import expanded
 
 Mix = tuple[int, tuple[str, ...]]  # completed steps at which it begins, words of --data-path
 

@@ -1,0 +1,43 @@
+"""The one rule for paths that a user writes, on a command line or in a YAML file."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from megatron_hyperrouter.errors import BadValue
+
+
+def expanded(path: str) -> str:
+    """A path in which ``~`` and ``$VARIABLE`` are expanded as in a shell; ``$$`` is a dollar sign.
+
+    Raises :class:`BadValue` if there is no such variable or user.
+    """
+    if "\0" in path:
+        raise BadValue("must not contain a NUL character", "give the name of a file or folder")
+
+    def fill(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if name is None:
+            return "$"
+        if name not in os.environ:
+            raise BadValue(
+                f"uses the environment variable {name}, which is not set",
+                f"set {name}, or write $$ for a dollar sign",
+            )
+        return os.environ[name]
+
+    full = re.sub(r"\$(?:\{(\w+)\}|(\w+)|\$)", fill, path)
+    if full.startswith("~"):
+        full = os.path.expanduser(full)
+        if full.startswith("~"):
+            raise BadValue(
+                "starts with the home folder of an unknown user", "write ./~ if the name really starts with ~"
+            )
+    return full
+
+
+def unexpanded(path: str | os.PathLike[str]) -> str:
+    """The text from which :func:`expanded` makes ``path``, for the command line of another command."""
+    text = os.fspath(path).replace("$", "$$")
+    return f"./{text}" if text.startswith("~") else text
