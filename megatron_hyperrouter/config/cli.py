@@ -24,12 +24,11 @@ from megatron_hyperrouter.config.leaves import (
     tree_leaves,
     value_of,
 )
-from megatron_hyperrouter.config.reading.sources import YamlFile, read_flags, read_yaml
+from megatron_hyperrouter.config.reading.sources import YamlFile, read_flags, read_given_yaml, read_yaml
 from megatron_hyperrouter.config.reading.values import convert
 from megatron_hyperrouter.config.reading.yaml_text import dump_yaml
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import BadValue, ConfigError, Problem
-from megatron_hyperrouter.paths import expanded
 
 
 def parse(
@@ -58,19 +57,12 @@ def parse(
         file = YamlFile("", readable=False)
         line.problems.append(Problem("--config", "", "needs a file name", "write --config FILE.yaml"))
     else:
-        file = _file_of(" ".join(words))
+        file = read_given_yaml(" ".join(words))
     draft = Draft(routers, file, flags=line.flags, problems=line.problems)
     config = draft.finish(world_size=world_size)
     if notes is not None:
         notes += [*repeated, *draft.notes()]
     return config
-
-
-def _file_of(word: str) -> YamlFile:
-    try:
-        return read_yaml(expanded(word))
-    except BadValue as bad:
-        return YamlFile(word, problems=[Problem("--config", word, bad.rule, bad.remedy)], readable=False)
 
 
 def load_file(

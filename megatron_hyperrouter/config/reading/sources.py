@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron_hyperrouter.config.leaves import ROUTER_PREFIX, tree_leaves
 from megatron_hyperrouter.config.reading.yaml_text import compose, duplicates, text_of, value_of_node
-from megatron_hyperrouter.errors import Problem
+from megatron_hyperrouter.errors import BadValue, Problem
+from megatron_hyperrouter.paths import expanded
 
 LAUNCHER_FLAGS = ("--local-rank",)  # put in front of ours by the deepspeed launcher
 REPEATED_FLAGS = ("--alarm", "--skip-steps", "--sample-prompt")  # their words add up
@@ -75,6 +76,14 @@ def read_flags(argv: Sequence[str]) -> CommandLine:
     if json_file := line.pop("--deepspeed"):  # DeepSpeed's own spelling: a switch, or transformers' file
         line.flags.setdefault("--deepspeed-config", json_file)
     return line
+
+
+def read_given_yaml(word: str) -> YamlFile:
+    """Read the file that ``--config`` names, in which ``~`` and ``$VARIABLE`` are expanded."""
+    try:
+        return read_yaml(expanded(word))
+    except BadValue as bad:
+        return _unreadable(word, bad.rule, bad.remedy)
 
 
 def read_yaml(path: str) -> YamlFile:
