@@ -88,3 +88,10 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, (KeyError, TypeError, AttributeError, RecursionError)):
         return "its content has an unexpected structure"
     return str(error) or "its content has an unexpected structure"
+
+
+def in_words(error: Exception) -> str:
+    """The type and the message of an error, on one line of at most 200 characters."""
+    text = " ".join(str(error).split())
+    whole = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return whole if len(whole) <= 200 else f"{whole[:197]}..."

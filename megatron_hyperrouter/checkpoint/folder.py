@@ -418,7 +418,7 @@ def reason_of(ranks: Ranks, error: Exception | None) -> str:
     """The error message of any rank (collective). Only one rank reports to the user, and it is seldom the
     one that failed.
     """
-    own = error.message if isinstance(error, HyperRouterError) else str(error) or repr(error)
+    own = error.message if isinstance(error, HyperRouterError) else str(error) or type(error).__name__
     found = ranks.first_word("" if error is None else f"rank {ranks.place.rank}: {own}")
     return found if error is None else own
 

@@ -174,7 +174,7 @@ def _wrong(manifest: Any) -> str:
 
 
 def _short(error: Exception) -> str:
-    text = str(error) or repr(error)
+    text = str(error) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 

@@ -17,7 +17,7 @@ from megatron_hyperrouter.checkpoint.folder import folder_name, read_manifest
 from megatron_hyperrouter.config.derived import batch_sizes
 from megatron_hyperrouter.data.stream.loader import Batches
 from megatron_hyperrouter.data.stream.segments import TrainingSamples
-from megatron_hyperrouter.errors import CheckpointError, DataError, HyperRouterError
+from megatron_hyperrouter.errors import CheckpointError, DataError, HyperRouterError, in_words
 from megatron_hyperrouter.train import lr, saving
 from megatron_hyperrouter.train.metrics import (
     Record,
@@ -229,7 +229,7 @@ class Run:
             self.recovery.restore(meta)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(
-                f"{folder}: the history in manifest.json cannot be used: {error!r:.200}",
+                f"{folder}: the history in manifest.json cannot be used: {in_words(error)}",
                 remedy="load an older checkpoint of this run",
             ) from error
 

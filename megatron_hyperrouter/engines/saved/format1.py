@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.errors import CheckpointError, in_words
 
 _LAYOUT = (
     "resume on the layout of the run that wrote the checkpoint, or load only the weights with --finetune"
@@ -75,7 +75,7 @@ def read_state(
         raise
     except Exception as error:  # for a damaged pickle, torch's reader may raise anything
         raise CheckpointError(
-            f"{path} cannot be read: {error!r}", remedy="load an older checkpoint of this run"
+            f"{path} cannot be read: {in_words(error)}", remedy="load an older checkpoint of this run"
         ) from error
     if not isinstance(state, dict) or not {"optimizer", "random"} <= state.keys():
         raise CheckpointError(
