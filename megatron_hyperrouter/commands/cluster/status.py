@@ -1,6 +1,8 @@
 """Show the state of a run: running, stopped, finished, failed or hung; step, speed, ETA, last save, restarts.
 
-The command only reads files in the run folder, so it works on any machine that can read this folder. A job
+For the output folder of mhr compare or mhr scaling, show one line for each run of the study.
+
+The command only reads files in that folder, so it works on any machine that can read it. A job
 script uses --after-exit to ask whether to start the run again: exit status 0 means yes, 1 means no.
 """
 
@@ -19,7 +21,9 @@ def main(arguments: Sequence[str]) -> None:
     """Folder -> state."""
     flags = parser(__doc__ or "")
     add = flags.add_argument
-    add("run", type=Path, metavar="RUN", help="run folder")
+    add(
+        "run", type=Path, metavar="RUN", help="run folder, or the output folder of mhr compare or mhr scaling"
+    )
     add("--json", action="store_true", help="print one JSON object instead of text")
     add(
         "--after-exit",
@@ -31,9 +35,13 @@ def main(arguments: Sequence[str]) -> None:
     if args.after_exit is not None:
         _answer(args.run, args.after_exit)
     from megatron_hyperrouter.watch.status import status_of
+    from megatron_hyperrouter.watch.study import lines_of_study, read_study
     from megatron_hyperrouter.watch.trace import read_trace
     from megatron_hyperrouter.watch.words import lines_of
 
+    if study := read_study(args.run):
+        show(json.dumps(study.as_json(), indent=2) if args.json else "\n".join(lines_of_study(study)))
+        return
     status = status_of(read_trace(args.run))
     if args.json:
         show(json.dumps(status.as_json(), indent=2))
