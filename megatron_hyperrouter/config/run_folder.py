@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -62,9 +63,15 @@ def write_settings(config: RunConfig) -> Path:
     path = folder / "config.yaml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_text(path, dump(config), durable=True)
+        files.write_text(path, _started_in() + dump(config), durable=True)
     except OSError as error:
         rule = f"{path} cannot be written ({error.strerror})"
         remedy = "free up space on that disk, or give another folder"
         raise ConfigError([Problem("--run-dir", folder, rule, remedy)]) from error
     return path
+
+
+def _started_in() -> str:
+    """A comment for someone who uses the settings in another folder."""
+    here = " ".join(os.fsencode(Path.cwd()).decode(errors="replace").split())
+    return f"# Relative paths in this file start from the folder in which the run was started: {here}\n"

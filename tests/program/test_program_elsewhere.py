@@ -1,0 +1,71 @@
+"""A run that was started with relative paths is used from another folder, which has other files of the same
+names.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from distributed import REPOSITORY
+from program.launched import Zygote, metrics
+from program.settings import TINY, write_numbers
+
+from megatron_hyperrouter.config.reading.yaml_text import load_yaml
+from megatron_hyperrouter.data.tokenize.bpe import train_bpe
+
+pytestmark = pytest.mark.processes
+TOOLS = REPOSITORY / "tools"
+PATHS = "--data-path text --tokenizer-type HuggingFaceTokenizer --tokenizer-model tok.json --run-dir run"
+
+
+@pytest.fixture(scope="module")
+def home(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a run was started, with a folder beside its files that has others of their names."""
+    home = tmp_path_factory.mktemp("home")
+    for folder, first, words in ((home, 0, "a text of a few words"), (home / "elsewhere", 60, "other words")):
+        folder.mkdir(exist_ok=True)
+        train_bpe(iter([words] * 9), 270, str(folder / "tok.json"))
+        write_numbers(folder / "text", range(first, first + 200), documents=20)
+    zygote.run([*TINY, *PATHS.split(), "--train-iters", "2"], cwd=str(home))
+    return home
+
+
+def test_an_evaluation_from_there_is_the_same(zygote: Zygote, home: Path) -> None:
+    found = []
+    for folder, run in ((home, "run"), (home / "elsewhere", "../run")):
+        words = ["--load", run, "--topk", 1, 2, "--output", "evaluation.json"]
+        job = zygote.run(words, program=TOOLS / "evaluate.py", cwd=str(folder))
+        assert "changed since" not in job.stderr
+        found.append(json.loads((folder / "evaluation.json").read_text())["results"])
+    assert found[0] == found[1] and [each["topk"] for each in found[0]] == [1, 2]
+
+
+def test_an_export_from_there_is_the_same(zygote: Zygote, home: Path) -> None:
+    for folder, run in ((home, "run"), (home / "elsewhere", "../run")):
+        words = ["--load", run, "--output", "exported", "--no-proof"]
+        zygote.run(words, program=TOOLS / "export_hf.py", cwd=str(folder))
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        here, there = (folder / "exported" / name for folder in (home, home / "elsewhere"))
+        assert here.read_bytes() == there.read_bytes(), name
+    own = json.loads((home / "tok.json").read_text())["model"]
+    assert json.loads((home / "elsewhere/exported/tokenizer.json").read_text())["model"] == own
+
+
+def test_a_report_from_there(zygote: Zygote, home: Path) -> None:
+    job = zygote.run(
+        ["../run", "--output", "r.html"], program=TOOLS / "report.py", cwd=str(home / "elsewhere")
+    )
+    assert (home / "elsewhere" / "r.html").exists() and "Traceback" not in job.stderr
+
+
+def test_the_settings_say_where_the_run_was_started_and_start_it_again_from_there(
+    zygote: Zygote, home: Path
+) -> None:
+    settings = home / "run/config.yaml"
+    assert str(home) in settings.read_text().splitlines()[0]
+    assert load_yaml(str(settings))["run_dir"] == "run"
+    before = metrics(home / "run")
+    zygote.run(["--config", settings], cwd=str(home))
+    assert metrics(home / "run") == before
