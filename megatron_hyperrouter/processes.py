@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 # Set in the environment of ranks that have met: the prefix of their keys in the rendezvous store.
@@ -14,3 +15,18 @@ def child_environment(**more: str) -> dict[str, str]:
     """This process's environment for ``python -m megatron_hyperrouter...``, with ``more`` variables."""
     path = os.pathsep.join(filter(None, (_PARENT, os.environ.get("PYTHONPATH"))))
     return os.environ | {"PYTHONPATH": path} | more
+
+
+def restart_in_utf8() -> None:
+    """Start this command again in Python's UTF-8 mode if Python reads file names in another encoding.
+
+    Python does so with ``PYTHONUTF8=0`` in the locale C, and in a locale such as ISO-8859-1.  Tokenizers and
+    safetensors then cannot open a file with other letters than ASCII in its name, and no JSON or YAML file
+    can hold its name.  Output stays in the encoding of the terminal.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1" or not sys.executable:
+        return
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.setdefault("PYTHONIOENCODING", f"{encoding}:backslashreplace")
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

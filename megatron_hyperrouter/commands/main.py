@@ -50,6 +50,9 @@ def mhr() -> NoReturn:
 
 def start(name: str) -> NoReturn:
     """Run the command ``name`` with ``sys.argv[1:]`` and end the process with its exit status."""
+    from megatron_hyperrouter.processes import restart_in_utf8
+
+    restart_in_utf8()
     from megatron_hyperrouter.compat.host_logs import silence_imports
 
     silence_imports()

@@ -5,13 +5,17 @@ names.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from distributed import REPOSITORY
+import yaml
+from distributed import REPOSITORY, environment
 from program.launched import Zygote, metrics
 from program.settings import TINY, write_numbers
 
+from megatron_hyperrouter.checkpoint.folder import find
 from megatron_hyperrouter.config.reading.yaml_text import load_yaml
 from megatron_hyperrouter.data.tokenize.bpe import train_bpe
 
@@ -69,3 +73,25 @@ def test_the_settings_say_where_the_run_was_started_and_start_it_again_from_ther
     before = metrics(home / "run")
     zygote.run(["--config", settings], cwd=str(home))
     assert metrics(home / "run") == before
+
+
+def test_names_beyond_ascii_where_python_does_not_expect_them(tmp_path: Path) -> None:
+    """Settings, run folder, checkpoint, report: with ``LC_ALL=C`` and without Python's UTF-8 mode."""
+    env = environment(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    (tmp_path / "настройки.yaml").write_text(yaml.safe_dump({"run_dir": "日本-é", "train_iters": 3}))
+    train_bpe(iter(["a text of a few words"] * 9), 270, str(tmp_path / "слова.json"))
+    model = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "слова.json"]
+    for words in (
+        ["train", "--mock-data", *model, "--config", "настройки.yaml", *TINY, "--train-iters", "2"],
+        ["status", "日本-é"],
+        ["report", "日本-é", "--output", "отчёт.html"],
+    ):
+        command = [sys.executable, "-m", "megatron_hyperrouter", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        shown = "отчёт.html" if words[0] == "report" else "日本-é"
+        said = done.stdout + done.stderr
+        assert said.isascii() and shown.encode("ascii", "backslashreplace").decode() in said
+    assert load_yaml(str(tmp_path / "日本-é/config.yaml"))["run_dir"] == "日本-é"
+    assert (find(tmp_path / "日本-é") or Path()).name == "step_0000002"
+    assert "日本-é" in (tmp_path / "отчёт.html").read_text(encoding="utf-8")

@@ -23,6 +23,7 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TEXT = "".join(json.dumps({"text": f"document {n}"}) + "\n" for n in range(50))
 PREPROCESS = "preprocess_data --input a.jsonl --output-prefix p --tokenizer-type ByteTokenizer"
 TRAIN = "train_tokenizer --input a.jsonl --output t.json --vocab-size"
+ASCII_ONLY = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 class Case(NamedTuple):
@@ -195,11 +196,59 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
 def test_a_terminal_that_knows_no_such_letters(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "żółw"}\n')
     assert run(PREPROCESS.split(), tmp_path)[0] == 0
-    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     status, out, err = run(
-        ["inspect_data", "p_text_document", "--tokenizer-type", "ByteTokenizer"], tmp_path, env=ascii_only
+        ["inspect_data", "p_text_document", "--tokenizer-type", "ByteTokenizer"], tmp_path, env=ASCII_ONLY
     )
     assert status == 0 and r"\u017c\xf3\u0142w" in out, err
+
+
+def prepared(folder: Path, name: str, env: dict[str, str]) -> str:
+    """Corpus, tokenizer and token files, each called ``name``; returns all output."""
+    (folder / "root").mkdir()
+    (folder / "root" / f"{name}.txt").write_text("a text of a few words, a text of other words")
+    tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", f"{name}.json"]
+    said = ""
+    for command in (
+        ["make_corpus", "--root", "root", "--output", f"{name}.jsonl"],
+        ["train_tokenizer", "--input", f"{name}.jsonl", "--vocab-size", "270", "--output", f"{name}.json"],
+        ["preprocess_data", "--input", f"{name}*l", "--output-prefix", name, *tokenizer],
+        ["inspect_data", f"{name}_text_document", "--verify", *tokenizer],
+    ):
+        status, out, err = run(command, folder, env=env)
+        assert status == 0, err
+        said += out + err
+    return said
+
+
+def test_names_beyond_ascii_where_python_does_not_expect_them(tmp_path: Path) -> None:
+    """The same files as with plain names, and messages in letters that the terminal has."""
+    name = "слово-é"
+    for folder in ("plain", "other"):
+        (tmp_path / folder).mkdir()
+    prepared(tmp_path / "plain", "word", dict(os.environ))
+    said = prepared(tmp_path / "other", name, ASCII_ONLY)
+    assert said.isascii() and name.encode("ascii", "backslashreplace").decode() in said
+    plain = {path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir() if path.is_file()}
+    other = {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir() if path.is_file()}
+    assert sorted(other) == sorted(each.replace("word", name) for each in plain)
+    for each in ("word.json", "word_text_document.bin", "word_text_document.idx"):
+        assert other[each.replace("word", name)] == plain[each], each
+
+
+@pytest.mark.parametrize("options", [[], ["-X", "utf8=0"]])
+def test_one_message_about_a_name_beyond_ascii(tmp_path: Path, options: list[str]) -> None:
+    """Also where Python does not change its encoding, so that the names stay bytes."""
+    tool = str(TOOLS / "inspect_data.py")
+    done = subprocess.run(
+        [sys.executable, *options, tool, "слово"],
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=60,
+        env=ASCII_ONLY,
+        check=False,
+    )
+    assert done.returncode == 3 and done.stderr.startswith(b"error: \\u"), done.stderr
+    assert b".idx: no such file\n  remedy: " in done.stderr and b"Traceback" not in done.stderr
 
 
 def test_a_corpus_does_not_swallow_itself(tmp_path: Path) -> None:
