@@ -111,8 +111,8 @@ def print_table(rows: Iterable[PairedTimes], *, base: str, ours: str, clock: str
     """
     clock = clock or deciding_clock()
     print(
-        f"Times and ratios: median of {clock} time; a ratio is taken within a pair.  For comparison: the "
-        "ratio of wall time."
+        f"Times are medians of {clock} time over all pairs.  Each ratio compares the two runs of one pair; "
+        "the table shows the median and the quartiles of the ratios.  Wall ratio: the same for wall time."
     )
     head = ["case", "pairs", f"{base} ms", f"{ours} ms", "ratio", "quartiles", "wall ratio", "goal", ""]
     widths = [38, 5, 9, 9, 7, 14, 10, 7, 6]
@@ -139,20 +139,20 @@ def flags(description: str, *, pairs: int) -> argparse.ArgumentParser:
         type=_at_least_two,
         default=pairs,
         metavar="N",
-        help=f"number of measured pairs per case (default: {pairs})",
+        help=f"number of measured pairs of runs in each case (default: {pairs})",
     )
     parser.add_argument(
         "--warm-up",
         type=int,
         default=3,
         metavar="N",
-        help="number of warm-up pairs (default: 3)",
+        help="number of pairs to run before the measured pairs (default: 3)",
     )
     parser.add_argument(
         "--threads", type=int, default=1, metavar="N", help="number of torch threads (default: 1)"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes and few pairs, to test that the benchmark runs"
+        "--quick", action="store_true", help="use tiny sizes and few pairs, to test that the benchmark runs"
     )
     return parser
 
@@ -160,5 +160,7 @@ def flags(description: str, *, pairs: int) -> argparse.ArgumentParser:
 def _at_least_two(text: str) -> int:
     number = int(text)
     if number < 2:
-        raise argparse.ArgumentTypeError(f"{number}: at least 2, or there is no spread")
+        raise argparse.ArgumentTypeError(
+            f"{number} must be at least 2, because the table shows the spread between pairs"
+        )
     return number

@@ -1,8 +1,9 @@
-"""Data against megatron-core's own helpers and datasets, with equal bits and in turn; the table has goals,
-as ratios of CPU time.
+"""Compare the CPU time of this project's data pipeline with that of megatron-core's helpers and datasets.
 
-The whole takes about ten minutes, most of it for preprocessing; benchmarks/preprocess.py has more cases of
-that.  The last line is a cold start over the sizes of 10**8 documents, which has no peer.
+Both sides take turns and must give the same bits.  The table shows the goal of each case, as a ratio of CPU
+times (ours / megatron-core's).  All cases together take about ten minutes, most of it for preprocessing;
+benchmarks/preprocess.py has more cases of preprocessing.  The last line is the cold start of a dataset with
+10**8 documents, which is not compared with megatron-core.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main() -> None:
     """Read the flags, measure each case, print the table."""
     parser = flags(__doc__ or "", pairs=5)
     parser.add_argument(
-        "--part", choices=PARTS, action="append", help="measure only this part; may be repeated"
+        "--part", choices=PARTS, action="append", help="measure only this part (you can repeat the flag)"
     )
     args = parser.parse_args()
     parts = args.part or PARTS

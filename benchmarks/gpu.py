@@ -1,15 +1,17 @@
-"""One run on one GPU: how fast the engines are, compared with other code, and where the time goes; 8
-minutes at most.
+"""Measure on one GPU how fast the engines are, compared with other code, and what takes the time.
+
+The benchmark takes at most 8 minutes:
 
     python benchmarks/gpu.py --out DIR [--seconds 450] [--only WORD] [--tiny]
 
-Each case is a separate process with a time limit, the most important case first.  When the time is up, the
-finished cases are saved: DIR/results.jsonl has one object per case, including failures, and DIR/table.md
-the table.  --tiny does the same on a CPU with toy sizes.
+Each case is a separate process with a time limit.  The most important cases run first.  When the time is
+up, the benchmark saves the finished cases: DIR/results.jsonl has one object per case, including failed
+cases, and DIR/table.md has the table.  --tiny does the same on a CPU with toy sizes.
 
-Cases: the chip's own matrix product and copy; whole training steps of a Mixtral-shaped layer and of two
-Qwen3-30B-shaped layers, 8192 tokens, in bfloat16: hand-written torch (bfloat16 Adam), transformers'
-Qwen3-MoE, both engines with grouped experts and with the loop, and with router hyper instead of topk.
+The first case is a plain matrix product and a plain copy on the GPU.  The other cases are whole training
+steps in bfloat16 with 8192 tokens, of a model with one Mixtral-shaped layer and of a model with two
+Qwen3-30B-shaped layers.  They compare hand-written torch (bfloat16 Adam), Qwen3-MoE of transformers, and
+both engines: with grouped experts, with a loop over experts, and with router hyper instead of topk.
 """
 
 from __future__ import annotations

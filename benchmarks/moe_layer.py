@@ -1,12 +1,13 @@
-"""Our MoE layer against a bare DeepSpeed MoE layer, forward and backward; goal <= 1.05.
+"""Compare the time of our MoE layer (forward and backward pass) with that of a plain DeepSpeed MoE layer.
 
-Ours is the MLP slot of the DeepSpeed engine with its statistics and balance loss.  The bare layer is
-``deepspeed.moe.layer.MoE`` as DeepSpeed builds it, with its own gate and balance loss.  The benchmark checks
-that experts, weights, tokens, k and routing are the same (no dropping, no sampling).  Router hyper runs its
-hypernetwork forward and backward once in each run, as with one micro-batch per step.
+The goal is a ratio of at most 1.05.  Our layer is the one that the DeepSpeed engine trains, with its
+statistics and its load-balancing loss.  The plain layer is ``deepspeed.moe.layer.MoE`` with DeepSpeed's
+own gate and load-balancing loss.  The benchmark checks that experts, weights, tokens, k and routing are
+the same on both sides, without dropped tokens and without sampling.  Router hyper runs the forward and
+backward pass of its hypernetwork once in each run, as in a training step with one micro-batch.
 
-``--imbalance`` measures the grouped experts of both engines instead: one expert with 3.7 times the mean load,
-compared with an even load; goal <= 1.05, too.
+``--imbalance`` measures the grouped experts of both engines instead.  It compares a load in which one
+expert has 3.7 times the mean load with an even load.  The goal is again a ratio of at most 1.05.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def main() -> None:
     """Read the flags, measure each case, print the table."""
     parser = flags(__doc__ or "", pairs=60)
     parser.add_argument(
-        "--imbalance", action="store_true", help="experts at an uneven load against an even one"
+        "--imbalance",
+        action="store_true",
+        help="compare the time of grouped experts at an uneven load with that at an even load",
     )
     args = parser.parse_args()
     sizes = Sizes(64, 32, 8, 16) if args.quick else Sizes(1024, 256, 16, 512)

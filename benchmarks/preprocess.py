@@ -1,11 +1,13 @@
-"""tools/preprocess_data.py against Megatron-LM's tools; goals: 1/8 of the time of the first, 1/3 of its
-fast variant.
+"""Compare the CPU time of tools/preprocess_data.py with that of Megatron-LM's two preprocessing tools.
 
-Each run is a separate process, from the interpreter's start to its end, and counts the processor time of
-all its workers; the two sides take turns.  ``_preprocess_peer.py`` reproduces the peers.  The text is the
-sources of the Python standard library, in the mixed order of make_corpus.py, repeated up to the given
-size; a BPE tokenizer is trained on its beginning. The benchmark checks that both sides write the same
-bytes.  With ``--threads`` above 1, both use that many processes.
+The goals are 1/8 of the time of Megatron-LM's preprocess_data.py, and 1/3 of the time of its
+preprocess_data_fast.py.  ``_preprocess_peer.py`` reproduces these two tools.  Each run is a separate
+process. Its time is the CPU time of the process and all its workers, from the start of the interpreter to
+its end. The two sides take turns, and must write the same bytes.  With ``--threads`` N, both sides use N
+processes.
+
+The text is the source files of the Python standard library, in the order that make_corpus.py writes,
+repeated up to the given size.  The BPE tokenizer is trained on the beginning of this text.
 """
 
 from __future__ import annotations

@@ -1,17 +1,21 @@
-"""What each method costs: training steps against those of router topk, and a competing layer against an
-ordinary one.
+"""Compare the training step of each routing method with that of router topk, and a layer in which the
+experts compete (CompeteSMoE) with the same layer without competition.
 
-The goals: the experts of a competing pass take at most E/k times as long as those of an ordinary pass.  A
-step of competesmoe, averaged over a run with rate 0.07, takes at most 1.15 times as long as a step of topk.
-A step of simsmoe at its published frequency takes at most 1.05 times as long.
+Goals:
+- The experts take at most E/k times as long in a pass with competition as in a pass without it.
+- A step of competesmoe, averaged over a run with rate 0.07, takes at most 1.15 times as long as a step of
+  topk.
+- A step of simsmoe with its published frequency takes at most 1.05 times as long as a step of topk.
 
-One process has two DeepSpeed engines at a time, one with topk and one with the method.  They step in turn on
-the same tokens.  The learning rate is 0, and topk gets weights with which it chooses the same experts.  This
-is checked, except for competitions, jitter and StableMoE's second stage, which use other experts by design.
-The average of a run is computed for each pair of measurements from steps of both kinds.  For competesmoe, a
-share ``rate`` of the steps is competing.  For simsmoe, a share ``C(k, 2) / frequency`` of the steps compares
-one pair of experts: each token counts for ``C(k, 2)`` pairs of a layer, and a pair is compared when its count
-reaches ``frequency`` batches of tokens.
+One process has two DeepSpeed engines, one with topk and one with the method.  They take turns, and train
+on the same tokens.  The learning rate is 0, and topk has weights with which it chooses the same experts
+as the method.  The benchmark checks that they do, except in competitions, with jitter, and in stage 2 of
+StableMoE, where the method chooses different experts by design.
+
+The step time of a run is the mean of two kinds of steps, weighted by how often they occur.  In
+competesmoe, a fraction ``rate`` of the steps has a competition.  In simsmoe, a fraction ``C(k, 2) /
+frequency`` of the steps compares one pair of experts: each token counts for ``C(k, 2)`` pairs of a layer,
+and a pair is compared when its count reaches ``frequency`` batches of tokens.
 """
 
 from __future__ import annotations
@@ -139,15 +143,18 @@ def main() -> None:
     """Read the flags, measure each method, print the table."""
     parser = flags(__doc__ or "", pairs=15)
     parser.add_argument(
-        "--method", choices=METHODS, action="append", help="measure only this method; may be repeated"
+        "--method",
+        choices=METHODS,
+        action="append",
+        help="measure only this method (you can repeat the flag)",
     )
     args = parser.parse_args()
     sizes = Sizes(32, 8, 32, 16, 2) if args.quick else Sizes(256, 16, 512, 256, 4)
     pairs, warm_up = (2, 1) if args.quick else (args.pairs, args.warm_up)
     chosen = [METHODS[key] for key in args.method or METHODS]
     print(
-        f"{sizes}.  Base: a step of topk; in the rows 'layer' and 'experts' an ordinary pass of the same "
-        "layer."
+        f"{sizes}.  Base: a step of topk.  In the rows 'layer' and 'experts', the base is a pass of the same "
+        "layer without competition."
     )
     with world(sizes, args.threads) as base:
         rows = (

@@ -1,12 +1,14 @@
-"""Whole training steps and evaluations of both engines, compared with hand-written torch and transformers.
+"""Compare training steps and evaluations of both engines with hand-written torch and transformers.
 
-    python benchmarks/step.py                         both cases, about 10 minutes of one core
+    python benchmarks/step.py                         both cases, about 10 minutes on one core
     python benchmarks/step.py --side deepspeed --side "megatron:hyper" --case "few wide experts"
 
-Each side is a separate process; they take turns, so that other work on the machine affects all of
-them.  A ratio compares times of the same round with the floor: a minimal model in torch, with grouped_mm and
-fused AdamW.  Sides: floor, transformers (:grouped_mm, :eager), deepspeed and megatron (:ROUTER).  All are
-in float32 with tied embeddings, norms on queries and keys, softmax over the chosen logits, clipping at 1.
+Each side is a separate process.  The sides take turns, so that other work on the machine affects all of
+them. The side "floor" is a minimal model in torch, with grouped_mm and fused AdamW.  Each ratio divides
+the time of a side by the time of the floor in the same round.  The sides are floor, transformers
+(:grouped_mm or :eager), deepspeed and megatron (both with :ROUTER).  All sides train in float32 with tied
+embeddings, norms on queries and keys, a softmax over the logits of the chosen experts, and gradient
+clipping at 1.
 """
 
 from __future__ import annotations
@@ -116,8 +118,8 @@ def table(case: str, sizes: Sizes, sides: list[Worker]) -> list[str]:
     lines = [
         f"**{case}**: {', '.join(f'{name} {value}' for name, value in sizes._asdict().items())}",
         "",
-        "| side | CPU s a step | tokens per CPU s | x floor (quartiles) | evaluation x floor | peak MiB"
-        " | x floor | CPU s to the first step |",
+        "| side | CPU s per step | tokens per CPU s | step / floor (quartiles) | evaluation / floor "
+        "| peak MiB | peak / floor | CPU s to the first step |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for side in sides:
@@ -140,7 +142,7 @@ def table(case: str, sizes: Sizes, sides: list[Worker]) -> list[str]:
 
 def profiles(sides: list[Worker]) -> list[str]:
     """Where the time of a step goes."""
-    lines = ["", "| side | operator calls | dearest operators, % of self time |", "|---|---|---|"]
+    lines = ["", "| side | operator calls | operators with the most self time, % |", "|---|---|---|"]
     for side in sides:
         told = side.ask("profile")
         dearest = list(told["shares"].items())[:8]

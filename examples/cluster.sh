@@ -13,8 +13,8 @@ fail() { # message, remedy
   exit 2
 }
 
-[ $# -gt 0 ] || fail "no HOSTFILE given" "bash examples/cluster.sh HOSTFILE [flags]"
-[ -f "$1" ] || fail "HOSTFILE $1 $([ -e "$1" ] && echo "is not a file" || echo "does not exist")" "write a line such as: node1 slots=8"
+[ $# -gt 0 ] || fail "no HOSTFILE given" "run: bash examples/cluster.sh HOSTFILE [flags]"
+[ -f "$1" ] || fail "HOSTFILE $1 $([ -e "$1" ] && echo "is not a file" || echo "does not exist")" "create a file with a line for each machine, such as: node1 slots=8"
 hostfile=$(realpath "$1")
 shift
 program=() launcher=()
@@ -46,7 +46,7 @@ while IFS= read -r line || [ -n "$line" ]; do
   hosts+=("$host")
   slots[$host]=${BASH_REMATCH[2]}
 done <"$hostfile"
-[ ${#hosts[@]} -gt 0 ] || fail "$hostfile lists no machine" "write a line such as: node1 slots=8"
+[ ${#hosts[@]} -gt 0 ] || fail "$hostfile lists no machine" "add a line for each machine, such as: node1 slots=8"
 
 # find the machines that remain after the launcher's flags --include and --exclude
 chosen=("${hosts[@]}")
@@ -90,7 +90,7 @@ if [[ $asked == *" --launcher"* ]]; then
   reached=("${chosen[0]}")
 elif [ ${#chosen[@]} -gt 1 ] && [[ $asked != *" --no_ssh "* ]]; then
   command -v pdsh >/dev/null \
-    || fail "pdsh is not installed; the deepspeed launcher needs it to reach the other machines" "install pdsh, or give another launcher: -- --launcher openmpi"
+    || fail "pdsh is not installed, but the deepspeed launcher needs it to reach the other machines" "install pdsh, or use another launcher: -- --launcher openmpi"
 fi
 if [[ $asked != *" --no_ssh "* && ($asked != *" --no_ssh_check "* || ${#reached[@]} -gt 1) ]]; then
   # the options that pdsh passes on to ssh
@@ -101,7 +101,7 @@ if [[ $asked != *" --no_ssh "* && ($asked != *" --no_ssh_check "* || ${#reached[
   if [ -n "$lost" ]; then
     first=${lost%%$'\n'*} remedy="exclude the machine with -- --exclude ${lost%%$'\n'*}"
     [ ${#hosts[@]} -gt 1 ] || remedy="start on this machine without a HOSTFILE: deepspeed pretrain_gpt_hyperrouter.py --config FILE"
-    fail "ssh cannot reach ${lost//$'\n'/, } without a password" "try: ssh $first true; or $remedy"
+    fail "ssh cannot reach ${lost//$'\n'/, } without a password" "find the reason with: ssh $first true; or $remedy"
   fi
 fi
 

@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-echo "== 1/6 environment"
+echo "== 1/6 environment: Python packages and the C++ extension"
 # shellcheck source=/dev/null
 source "$(bash tools/setup_env.sh)/bin/activate"
 
@@ -18,17 +18,17 @@ out=runs/quickstart
 data=$out/data
 mkdir -p "$data"
 
-echo "== 2/6 corpus: the sources of the Python standard library"
+echo "== 2/6 corpus: the source files of the Python standard library"
 [ -s $data/corpus.jsonl ] || python tools/make_corpus.py --output $data/corpus.jsonl
 
 echo "== 3/6 tokenizer: a byte-level BPE of 1024 tokens"
 [ -s $data/tokenizer.json ] || python tools/train_tokenizer.py --input $data/corpus.jsonl --vocab-size 1024 --output $data/tokenizer.json
 
-echo "== 4/6 tokens"
+echo "== 4/6 preprocessing: the corpus becomes token ids"
 [ -s $data/stdlib_text_document.idx ] || python tools/preprocess_data.py --input $data/corpus.jsonl --output-prefix $data/stdlib \
   --tokenizer-type HuggingFaceTokenizer --tokenizer-model $data/tokenizer.json --append-eod --workers 2
 
-echo "== 5/6 training"
+echo "== 5/6 training: a HyperRouter GPT on 2 ranks (1 rank if there is only one GPU)"
 # Train on two ranks with half of the experts each: on GPUs if there are at least two, on CPU cores if there is none. With a
 # single GPU, train on one rank with all experts.
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
@@ -45,7 +45,7 @@ deepspeed --log_level warning --num_gpus "$ranks" --master_port "$port" pretrain
   --data-path $data/stdlib_text_document --tokenizer-type HuggingFaceTokenizer --tokenizer-model $data/tokenizer.json \
   --run-dir $out "${layout[@]}" "$@"
 
-echo "== 6/6 evaluation with 1, 2, 4 and 8 of 8 experts"
+echo "== 6/6 evaluation: 1, 2, 4 and 8 active experts of 8"
 unset OMP_NUM_THREADS # the evaluation is one process, which uses all cores
 python tools/evaluate.py --load $out --topk 1 2 4 8 --output $out/evaluation.json
 python tools/baselines.py --load $out --results $out/evaluation.json --output $out/table.json

@@ -28,7 +28,7 @@ find_python() {
       return
     fi
   done
-  die "needs Python >= 3.10, found $(${PYTHON:-python3} --version 2>/dev/null || echo none); install one, or name it: PYTHON=/path/to/python bash tools/setup_env.sh"
+  die "no Python >= 3.10 found ($(${PYTHON:-python3} --version 2>/dev/null || echo "no ${PYTHON:-python3}")); install one, or give its path: PYTHON=/path/to/python bash tools/setup_env.sh"
 }
 
 find_compiler() {
@@ -43,11 +43,11 @@ find_compiler() {
 make_venv() {
   local python
   python=$(find_python)
-  say "making .venv with $("$python" --version 2>&1) ($python)"
+  say "creating .venv with $("$python" --version 2>&1) ($python)"
   rm -rf .venv
   mkdir .venv
   echo making >".venv/$mark"
-  "$python" -m venv .venv >&2 || die "could not make .venv; on Debian and Ubuntu install the package python3-venv, then run this again"
+  "$python" -m venv .venv >&2 || die "could not create .venv; on Debian or Ubuntu, install the package python3-venv, then run this script again"
 }
 
 choose_env() {
@@ -62,7 +62,7 @@ choose_env() {
       make_venv
     fi
   fi
-  supported "$env/bin/python" || die "$env has no working Python >= 3.10; remove or leave that environment, then run this again"
+  supported "$env/bin/python" || die "$env has no working Python >= 3.10; remove or deactivate this environment, then run this script again"
 }
 
 # What the environment must have been made from: interpreter, checkout, compiler, requirements, and all that the build reads.
@@ -93,16 +93,16 @@ install() {
   local pip=("$env/bin/python" -m pip --disable-pip-version-check -qq --no-input) built
   if ! "${pip[@]}" --version >/dev/null 2>&1; then # for example in an environment that uv created
     say "adding pip to $env"
-    "$env/bin/python" -m ensurepip >/dev/null 2>&1 || die "$env has no pip and could not get one; on Debian and Ubuntu install the package python3-venv, then run this again"
+    "$env/bin/python" -m ensurepip >/dev/null 2>&1 || die "$env has no pip, and pip could not be added; on Debian or Ubuntu, install the package python3-venv, then run this script again"
   fi
-  say "installing the requirements into $env (minutes the first time)"
-  "${pip[@]}" install -r requirements.txt >&2 || die "pip could not install requirements.txt (above); check the network and the disk, then run this again"
-  [[ -n $compiler ]] || say "no C++ compiler found: continuing without the extension; data indices come from NumPy (slower, same numbers)"
+  say "installing the requirements into $env (takes a few minutes the first time)"
+  "${pip[@]}" install -r requirements.txt >&2 || die "pip could not install requirements.txt (its output is above); check the network and the free disk space, then run this script again"
+  [[ -n $compiler ]] || say "no C++ compiler found, so the C++ extension is not built; NumPy computes the data indices instead (same results, but slower)"
   built=$(extension)
   rm -f "$built" # an extension made from other sources must not outlive a build that fails
-  "${pip[@]}" install --no-build-isolation --no-deps -e . >&2 || die "could not install the package itself (above)"
+  "${pip[@]}" install --no-build-isolation --no-deps -e . >&2 || die "pip could not install megatron_hyperrouter itself (its output is above)"
   if [[ ! -f $built ]]; then
-    [[ -z $compiler ]] || say "the C++ extension was not built (for the reason, run: $env/bin/python -m pip install -v --no-build-isolation --no-deps -e .); data indices come from NumPy (slower, same numbers)"
+    [[ -z $compiler ]] || say "the C++ extension could not be built (to see why, run: $env/bin/python -m pip install -v --no-build-isolation --no-deps -e .); NumPy computes the data indices instead (same results, but slower)"
     built=none
   fi
   printf '%s\n%s\n' "$want" "$built" >"$env/$mark"

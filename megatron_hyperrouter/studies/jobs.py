@@ -130,7 +130,7 @@ def check_collected(plans: Sequence[P]) -> list[P]:
 
     missing = [plan for plan in plans if not plan.finished]
     if len(missing) == len(plans):
-        rule = f"contains none of the {len(plans)} runs of this study as a finished run"
+        rule = f"must contain a finished run, but none of the {len(plans)} runs of this study is finished"
         raise ConfigError(
             [
                 Problem(

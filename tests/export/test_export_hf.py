@@ -148,7 +148,9 @@ def test_numbers_are_compared_with_the_certificate(
     for row in certificate["proof"]["results"]:
         row["perplexity"] *= 1.02
     path.write_text(json.dumps(certificate))
-    with pytest.raises(CheckpointError, match=r"k = 2: the perplexity is .* instead of") as error:
+    with pytest.raises(
+        CheckpointError, match=r"k = 2: the perplexity is .*, but the certified perplexity is"
+    ) as error:
         export_command.main(["--verify", str(folder), "--numbers"])
     assert error.value.exit_status == 4
     export_command.main(["--verify", str(folder)])
@@ -156,7 +158,10 @@ def test_numbers_are_compared_with_the_certificate(
 
 def test_a_proof_out_of_bounds_leaves_a_failed_folder(made: Made) -> None:
     home, told = made.folder / "0", made.told["proved"]
-    assert told["failed"]["status"] == 4 and "k = 2: the perplexity is" in told["failed"]["message"]
+    assert (
+        told["failed"]["status"] == 4
+        and "k = 2: the perplexity with transformers is" in told["failed"]["message"]
+    )
     assert not (home / "bad").exists() and (home / "bad.failed" / "certificate.json").is_file()
     assert told["missing"]["status"] == 5
     assert "/nowhere/python cannot be started" in told["missing"]["message"]

@@ -112,8 +112,8 @@ def test_a_run(folders: dict[str, Path], tmp_path: Path) -> None:
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     page = Page(text)
     assert page.row("state") == ["state", "finished"]
-    assert page.row("last validation")[1] == "0.1333 nats per token, 1.2345 bits per byte (k = 2)"
-    assert page.row("tokens")[1] == "1,920" and page.row("alarms")[1] == "1"
+    assert page.row("last validation loss")[1] == "0.1333 nats per token, 1.2345 bits per byte (k = 2)"
+    assert page.row("training tokens")[1] == "1,920" and page.row("alarms")[1] == "1"
     assert page.row("first", "alarm") == ["first", "alarm", "7", "1.0", "name collapse, layer 2"]
     assert page.row("2", "1")[2:4] == ["1.200", "0.800"]  # of analysis.json in the folder
     assert "&lt;b&gt;" in text and "<b>" not in text  # settings are text, not HTML

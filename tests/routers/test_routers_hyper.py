@@ -256,7 +256,9 @@ def test_a_checkpoint_holds_seed_hash_and_embedding():
 def test_a_checkpoint_of_another_hypernetwork_is_refused(change, remedy):
     router = torch.nn.Sequential(small(**change))
     embedding = router[0].embedding_S.detach().clone()
-    with pytest.raises(CheckpointError, match=r"was trained with frozen weights of seed 5") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"was trained with frozen router weights drawn from seed 5"
+    ) as caught:
         router.load_state_dict(torch.nn.Sequential(small()).state_dict())
     assert remedy in caught.value.remedy
     assert caught.value.exit_status == 4

@@ -54,7 +54,9 @@ def test_tokens_get_a_gradient():
     ],
 )
 def test_other_frozen_weights_are_refused(change, remedy):
-    with pytest.raises(CheckpointError, match="was trained with frozen weights of seed 9") as caught:
+    with pytest.raises(
+        CheckpointError, match="was trained with frozen router weights drawn from seed 9"
+    ) as caught:
         small(**change).load_state_dict(small().state_dict())
     assert remedy in caught.value.remedy
 

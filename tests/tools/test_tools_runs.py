@@ -72,7 +72,7 @@ def test_a_failure_ends_the_others_and_nothing_more_starts(runs: Any, tmp_path: 
         for name, command in (("a", waits), ("b", fails), ("c", waits))
     ]
     with pytest.raises(
-        RuntimeError, match=r"b: scoring ended with exit status 3\n--- end of its log\nno data"
+        RuntimeError, match=r"b: scoring ended with exit status 3\n--- end of the log of this run\nno data"
     ):
         runs.run_all(plans, 2)
     assert (tmp_path / "a" / "log.txt").read_text() == "saved\n"
@@ -112,7 +112,9 @@ def test_runs_of_other_settings_are_strangers(runs: Any, tmp_path: Path) -> None
     for plan in plans:
         runs.write_plan(plan)
     runs.check_finished(plans)
-    with pytest.raises(ConfigError, match="b: contains a run with other settings") as caught:
+    with pytest.raises(
+        ConfigError, match="b: contains a run that was started with different settings"
+    ) as caught:
         runs.check_finished([plans[0], replace(plans[1], task={"settings": "another"})])
     assert len(caught.value.problems) == 1
 

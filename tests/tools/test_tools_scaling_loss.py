@@ -334,9 +334,9 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "an axis twice": (
         [*AXIS, "--axis", "hidden_size,num_layers", "16,2", "32,2"],
         "",
-        "hidden_size: is set twice",
+        "hidden_size: is set more than once",
     ),
-    "an axis that is a flag": ([*AXIS, "--hidden-size", "64"], "", "hidden_size: is set twice"),
+    "an axis that is a flag": ([*AXIS, "--hidden-size", "64"], "", "hidden_size: is set more than once"),
     "seeds": (["--axis", "seed", "1", "2"], "", "seed: is set by this command"),
     "a flag of ours": ([*AXIS, "--run-dir", "x"], "", "set by this command"),
     "the same twice": (["--axis", "hidden_size", "16", "16"], "", "would be the name of several run folders"),

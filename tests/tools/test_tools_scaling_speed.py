@@ -272,7 +272,9 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(speed, "gpus_here", lambda gpus=gpus: gpus)
         speed.check_start(4)
     monkeypatch.setattr(speed, "gpus_here", lambda: 2)
-    with pytest.raises(ConfigError, match="--ranks = 4: must be at most 2, the GPUs of this machine"):
+    with pytest.raises(
+        ConfigError, match="--ranks = 4: must be at most 2, the number of GPUs of this machine"
+    ):
         speed.check_start(4)
 
 
@@ -280,7 +282,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "nothing asked for": ([], "--ranks or --layouts: one of the two is required"),
     "no rank": (["--ranks", "1", "0"], "--ranks = 1 0: must be at least 1"),
     "no step": (["--ranks", "1", "--steps", "0"], "--steps = 0: must be at least 1"),
-    "no such size": (["--layouts", "xp=2"], "there is no setting xp"),
+    "no such size": (["--layouts", "xp=2"], "xp is not a setting"),
     "a fault": (["--layouts", "ep=2,fault=aux-loss"], "must not contain a fault"),
     "nothing can run": (["--ranks", "3", "--layouts", "tp=2"], "must be divisible by"),
     "strong without a batch": (

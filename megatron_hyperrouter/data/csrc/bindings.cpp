@@ -61,12 +61,12 @@ py::array bind_sample_index(const Array<int32_t>& sizes, const Array<Document>& 
   if (extra != 0 && extra != 1) throw std::invalid_argument("extra must be 0 or 1, got " + std::to_string(extra));
   int64_t reach;
   if (__builtin_add_overflow(num_samples, 1, &reach) || __builtin_mul_overflow(reach, seq_length, &reach)) {
-    throw std::invalid_argument(std::to_string(num_samples) + " samples of " + std::to_string(seq_length) +
-                                " tokens are more than 2**63 tokens");
+    throw std::invalid_argument("num_samples = " + std::to_string(num_samples) + " samples of seq_length = " +
+                                std::to_string(seq_length) + " tokens have 2**63 tokens or more");
   }
   if (!wide && order.size() > std::numeric_limits<int32_t>::max()) {
-    throw std::invalid_argument("int32 rows cannot number " + std::to_string(order.size()) +
-                                " documents; use wide rows");
+    throw std::invalid_argument("document_index has " + std::to_string(order.size()) +
+                                " elements, too many for int32 rows; pass wide=True");
   }
   const SampleCut cut{seq_length, num_samples, num_tokens, extra};
   const auto sizes_view = view(sizes, "sizes");
@@ -213,54 +213,56 @@ void define_gathers(py::module_& module, const char* doc) {
 }  // namespace
 
 PYBIND11_MODULE(_index, module) {
-  module.doc() =
-      "Indices of samples and blends, shuffling and sample gathering; every function lets other threads run.";
+  module.doc() = "Indices of samples and blends, shuffling, and gathering of samples. Every function releases the GIL.";
 
   const char* sample_index_doc =
-      "Where each sample begins, as rows (position in document_index, token in that document): [num_samples + 1, "
-      "2].\n\n"
-      "sizes int32 [N]: tokens of each document; document_index int32 or int64 [M]: documents in reading order, epochs "
-      "included;\n"
-      "num_tokens: their number of tokens; extra: 1 if a sample reads one token more than seq_length, else 0;\n"
-      "wide: int64 rows instead of int32.  Rows are those of megatron-core 0.16 `build_sample_idx`.\n"
-      "IndexError for a document that is not there; ValueError for a negative size or documents that end too soon.";
+      "Return the place where each sample begins: rows (position in document_index, token in that document), "
+      "[num_samples + 1, 2].\n\n"
+      "sizes int32 [N]: number of tokens of each document.  document_index int32 or int64 [M]: the documents of all "
+      "epochs in reading order.\n"
+      "num_tokens: number of tokens of all documents in document_index.  extra: 1 if a sample reads one token more "
+      "than seq_length, else 0.\n"
+      "wide: return int64 rows instead of int32 rows.  The rows equal those of megatron-core 0.16 "
+      "`build_sample_idx`.\n"
+      "Raises IndexError if document_index names a document that does not exist.  Raises ValueError if a size is "
+      "negative or the documents have too few tokens.";
   define_sample_index<int32_t>(module, sample_index_doc);
   define_sample_index<int64_t>(module, sample_index_doc);
 
   const char* shuffle_doc =
-      "Shuffles values (int32, uint32 or int64 [N], N <= 2**32) in place as numpy.random.RandomState.shuffle does.\n\n"
-      "key uint32 [624] and position are the state of its Mersenne Twister (get_state); key is changed in place and "
-      "the new\n"
-      "position returned.  ValueError for more elements or another state.";
+      "Shuffle values (int32, uint32 or int64 [N], N <= 2**32) in place, like numpy.random.RandomState.shuffle.\n\n"
+      "key uint32 [624] and position are the state of the Mersenne Twister, as RandomState.get_state returns it.\n"
+      "Changes key in place and returns the new position.  Raises ValueError if values has more elements, or if key "
+      "and position are not such a state.";
   define_shuffle<int32_t>(module, shuffle_doc);
   define_shuffle<uint32_t>(module, shuffle_doc);
   define_shuffle<int64_t>(module, shuffle_doc);
 
   module.def("blending_indices", &bind_blending_indices, py::arg("weights").noconvert(), py::arg("size"),
-             "Set (int16 [size]) and sample of that set (int64 [size]) for each sample of a blend.\n\n"
-             "weights float64 [sets], each above 0.  Sample t goes to the first set with the largest weight * max(t, "
-             "1) - samples\n"
-             "given so far, as in megatron-core 0.16 `build_blending_indices`.  ValueError for other weights or over "
-             "32767 sets.");
+             "Return, for each sample of a blend, its set (int16 [size]) and its number in that set (int64 [size]).\n\n"
+             "weights float64 [sets], each greater than 0.  Sample t comes from the set with the largest value of\n"
+             "weight * max(t, 1) - (number of samples taken from the set so far); from the first such set if several "
+             "are equal.\n"
+             "The result equals that of megatron-core 0.16 `build_blending_indices`.  Raises ValueError for other "
+             "weights or more than 32767 sets.");
   module.def("exhaustive_blending_indices", &bind_exhaustive_blending_indices, py::arg("sizes").noconvert(),
-             "The same with weights sizes / sum(sizes), until set i has given exactly sizes[i] samples (int64 [sets]; "
-             "0: none).\n\n"
-             "As in megatron-core 0.16 `build_exhaustive_blending_indices`.  ValueError for a negative size or over "
-             "32767 sets.");
+             "Like blending_indices with weights sizes / sum(sizes), but take exactly sizes[i] samples from set i.\n\n"
+             "sizes int64 [sets], each at least 0.  The result equals that of megatron-core 0.16\n"
+             "`build_exhaustive_blending_indices`.  Raises ValueError for a negative size or more than 32767 sets.");
 
   module.def("permuted", &bind_permuted, py::arg("position"), py::arg("size"), py::arg("key"),
-             "Element `position` of the permutation of 0 .. size - 1 that `key` (uint64) names; size is 1 to 2**62.\n\n"
-             "Always the same for the same arguments.  ValueError for another size, IndexError for another position.");
+             "Return element `position` of the permutation of 0 .. size - 1 that `key` (uint64) selects.\n\n"
+             "The same arguments always give the same element.  Raises ValueError if size is not from 1 to 2**62, and\n"
+             "IndexError if position is not from 0 to size - 1.");
   module.def("permutation", &bind_permutation, py::arg("size"), py::arg("key"),
-             "All elements of that permutation in order: int64 [size].");
+             "Return all elements of the permutation that `permuted` computes, in order: int64 [size].");
 
   const char* gather_doc =
-      "Copies one sample into out (int64 [length]): document_index[first] from token `begin`, ..., "
-      "document_index[last] up to\n"
-      "token `end` (excluded).\n\n"
-      "tokens [all tokens], pointers int64 [N] bytes and sizes int32 [N] as in an .idx file.  Returns the first "
-      "position in out\n"
-      "of an id outside 0 .. limit - 1, or -1.  IndexError rather than read outside a document or fill out in part.";
+      "Copy one sample into out (int64 [length]): the documents document_index[first] to document_index[last].\n"
+      "The sample starts at token `begin` of the first document and ends before token `end` of the last one.\n\n"
+      "tokens [all tokens]; pointers int64 [N] (in bytes) and sizes int32 [N] as in an .idx file.\n"
+      "Returns the position in out of the first token id that is not from 0 to limit - 1, or -1 if there is none.\n"
+      "Raises IndexError if the sample is not inside the documents, or does not have exactly `length` tokens.";
   // The usual ones first, since they are tried one after another.
   define_gathers<int32_t, uint16_t, int32_t>(module, gather_doc);
   define_gathers<int64_t, uint16_t, int32_t>(module, gather_doc);

@@ -65,7 +65,7 @@ int shuffle(T* values, int64_t size, uint32_t* key, int position) {
   }
   if (size - 1 > static_cast<int64_t>(std::numeric_limits<uint32_t>::max())) {
     throw std::invalid_argument("size = " + std::to_string(size) +
-                                " must be at most 2**32: NumPy shuffles larger arrays in another way");
+                                " must be at most 2**32, because NumPy uses a different algorithm for larger arrays");
   }
   constexpr int64_t kBlock = 64;
   uint32_t draws[kBlock];
