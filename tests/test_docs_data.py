@@ -50,11 +50,18 @@ def test_every_flag_is_there(helped: str) -> None:
     assert {flag for flag in flags if not re.search(rf"{flag}(?![\w-])", helped)} == set()
 
 
-def test_every_file_is_there() -> None:
-    files = set(re.findall(r"(?:tools|tests)/[\w/]+\.py", PAGE))
-    assert all((ROOT / name).is_file() for name in files)
-    links = re.findall(r"\]\(([\w.]+)(?:#[\w-]+)?\)", PAGE)
-    assert links and all((ROOT / "docs" / name).is_file() for name in links)
+@pytest.mark.processes
+def test_preprocess_writes_the_files_of_the_table(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"KEY": "one"}\n{"KEY": "two"}\n')
+    command = "--input text.jsonl --output-prefix P --json-keys KEY --tokenizer-type ByteTokenizer"
+    subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *command.split()],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    told = re.findall(r"^\| `(P_KEY_[\w.]+)` \|", PAGE, re.MULTILINE)
+    assert sorted(told) == sorted(path.name for path in tmp_path.glob("P*"))
 
 
 def test_the_numbers_are_those_of_the_code() -> None:

@@ -43,7 +43,10 @@ class CheckpointConfig:
     trust_checkpoint: Annotated[
         bool,
         Role.START,
-        "Accept a checkpoint of the old format 1; loading its state-*.pt files can run arbitrary code",
+        (
+            "Resume from a checkpoint of the old format 1, whose state-*.pt files have no checksums; only "
+            "the classes that an optimizer state needs are loaded from these files"
+        ),
     ] = False
     no_save_optim: Annotated[
         bool,
