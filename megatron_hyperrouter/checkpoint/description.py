@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,20 @@ def describe(
         "host": socket.gethostname(),
     }
     return Description(texts, {"tokenizer": known, "origin": origin})
+
+
+def places(path: str, origin: Mapping[str, str], run_dir: Path) -> Iterator[str]:
+    """Where a path in the settings of a run may be now, the most likely place first.
+
+    The path is tried relative to the folder in which the run was started, to the current folder, and to
+    the run's present folder.  ``origin``: see :func:`describe`; ``run_dir``: where the run is
+    now.
+    """
+    then = os.path.join(origin.get("folder", ""), path)
+    yield then
+    yield path
+    if "run_dir" in origin:
+        yield os.path.normpath(os.path.join(run_dir, os.path.relpath(then, origin["run_dir"])))
 
 
 def settings_file(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> Path | None:

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_hyperrouter import console
-from megatron_hyperrouter.checkpoint.description import tokenizer_paths
+from megatron_hyperrouter.checkpoint.description import places, tokenizer_paths
 from megatron_hyperrouter.config.tree import DataConfig, RunConfig
 from megatron_hyperrouter.data.order.blend import parse_blend
 from megatron_hyperrouter.data.store.token_files import IndexedDataset
 from megatron_hyperrouter.data.stream.file_identity import identity, same
 
 _PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-
-
-def places(path: str, origin: Mapping[str, str], run_dir: Path) -> Iterator[str]:
-    """Where a path in the settings of a run may be now, the most likely place first.
-
-    The path is tried relative to the folder in which the run was started, to the current folder, and to
-    the run's present folder.  ``origin``: see ``checkpoint.description``; ``run_dir``: where the run is
-    now.
-    """
-    then = os.path.join(origin.get("folder", ""), path)
-    yield then
-    yield path
-    if "run_dir" in origin:
-        yield os.path.normpath(os.path.join(run_dir, os.path.relpath(then, origin["run_dir"])))
 
 
 def start_folder(data: DataConfig, meta: Mapping[str, Any], run_dir: Path) -> str:

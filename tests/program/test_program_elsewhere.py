@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from distributed import REPOSITORY, environment
-from program.launched import Zygote, metrics
+from program.launched import Zygote, metrics, one_message
 from program.settings import TINY, write_numbers
 
 from megatron_hyperrouter.checkpoint.folder import find
@@ -95,3 +95,38 @@ def test_names_beyond_ascii_where_python_does_not_expect_them(tmp_path: Path) ->
     assert load_yaml(str(tmp_path / "日本-é/config.yaml"))["run_dir"] == "日本-é"
     assert (find(tmp_path / "日本-é") or Path()).name == "step_0000002"
     assert "日本-é" in (tmp_path / "отчёт.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_run_continues_from_another_folder(zygote: Zygote, tmp_path: Path, moved: bool) -> None:
+    """With the settings that it has left; the loss is that of a run that continues where it was started."""
+    for name in ("stays", "goes"):
+        (tmp_path / name).mkdir()
+        train_bpe(iter(["a text of a few words"] * 9), 270, str(tmp_path / name / "tok.json"))
+        write_numbers(tmp_path / name / "text", range(200), documents=20)
+        words = [*TINY, *PATHS.split(), "--train-iters", 4, "--exit-interval", 2]
+        zygote.run(words, cwd=str(tmp_path / name), expect=6)
+    here = tmp_path / "stays"
+    zygote.run(["--config", "run/config.yaml", "--load", "run", "--exit-interval", 4], cwd=str(here))
+    home = (tmp_path / "goes").rename(tmp_path / "gone") if moved else tmp_path / "goes"
+    (home / "elsewhere").mkdir()
+    words = [
+        "--config",
+        "../run/config.yaml",
+        "--load",
+        "../run",
+        "--run-dir",
+        "../run",
+        "--exit-interval",
+        4,
+    ]
+    job = zygote.run(words, cwd=str(home / "elsewhere"))
+    assert f"text does not exist in this folder; using {home / 'text'}" in job.stdout.replace("\n", " ")
+    assert metrics(home / "run") == metrics(here / "run")
+    assert [record["step"] for record in metrics(here / "run") if "split" not in record] == [1, 2, 3, 4]
+
+
+def test_other_data_that_are_missing_stay_an_error(zygote: Zygote, home: Path) -> None:
+    words = ["--config", "../run/config.yaml", "--load", "../run", "--train-iters", 3, "--data-path", "tezt"]
+    job = zygote.run([*words, "--run-dir", "new"], cwd=str(home / "elsewhere"), expect=3)
+    assert "tezt.idx: no such file" in one_message(job.stderr)

@@ -11,6 +11,7 @@ from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 from megatron_hyperrouter.guard.meeting import Meeting
+from megatron_hyperrouter.train.resuming.found_data import with_found_data
 from megatron_hyperrouter.train.resuming.kept_tokenizer import with_kept_tokenizer
 from megatron_hyperrouter.train.resuming.schedule import with_own_schedule
 from megatron_hyperrouter.train.resuming.start import Start, decide
@@ -42,8 +43,8 @@ def decide_together(config: RunConfig, meeting: Meeting) -> Start:
 
 
 def with_checkpoints_settings(config: RunConfig, start: Start) -> RunConfig:
-    """The settings, with the schedule and the tokenizer of the checkpoint if they ask for them."""
-    return with_kept_tokenizer(with_own_schedule(config, start), start)
+    """The settings, with the schedule, the tokenizer and the data of the checkpoint if they ask for them."""
+    return with_found_data(with_kept_tokenizer(with_own_schedule(config, start), start), start)
 
 
 def agree_on_data(meeting: Meeting, tokenizer: Mapping[str, Any], files: Mapping[str, object]) -> None:
