@@ -1,8 +1,10 @@
-"""Python processes that this package starts: they import the same copy of the package from any folder."""
+"""The processes of this package: their environment, their file names, and the processor that they run on."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -15,6 +17,15 @@ def child_environment(**more: str) -> dict[str, str]:
     """This process's environment for ``python -m megatron_hyperrouter...``, with ``more`` variables."""
     path = os.pathsep.join(filter(None, (_PARENT, os.environ.get("PYTHONPATH"))))
     return os.environ | {"PYTHONPATH": path} | more
+
+
+def processor_name() -> str:
+    """The name of the CPU.  Other processors may round sums differently."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def restart_in_utf8() -> None:

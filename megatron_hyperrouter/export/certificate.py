@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import platform
 import subprocess
@@ -18,6 +17,7 @@ from megatron_hyperrouter.export.classes.names import ModelShape
 from megatron_hyperrouter.export.sources import weight_reader
 from megatron_hyperrouter.export.verify import CERTIFICATE, FORMAT
 from megatron_hyperrouter.files import write_json
+from megatron_hyperrouter.processes import processor_name
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -66,7 +66,7 @@ def certificate(
             **(proof["versions"] if proof else {}),
             "python": platform.python_version(),
             "machine": platform.machine(),
-            "processor": _processor(),
+            "processor": processor_name(),
         },
         "source": came_from,
         "model": {
@@ -103,15 +103,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    """The name of the CPU.  Other processors may round sums differently."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

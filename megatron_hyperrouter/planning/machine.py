@@ -68,12 +68,14 @@ def calibrated(machine: Machine, path: Path) -> Machine:
     if not values:
         raise ConfigError([_bad(path, f"must contain at least one of {', '.join(MEASURED)}")])
     measured = found.get("measured")
-    named = measured.get("fitted") if isinstance(measured, dict) else None
-    fitted = named if isinstance(named, list) else list(values)
+    notes = measured if isinstance(measured, dict) else {}
+    fitted = notes["fitted"] if isinstance(notes.get("fitted"), list) else list(values)
+    devices = notes["devices"] if isinstance(notes.get("devices"), list) else []
+    on = f" on {' and '.join(map(str, devices))}" if devices else ""
     return replace(
         machine,
         **{name: float(value) for name, value in values.items()},  # type: ignore[arg-type]
-        source=f"measured: {path}" + _not_measured([name for name in MEASURED if name not in fitted]),
+        source=f"measured{on}: {path}" + _not_measured([name for name in MEASURED if name not in fitted]),
     )
 
 

@@ -87,7 +87,14 @@ def test_a_plan_says_which_constants_a_file_did_not_measure(tmp_path: Path) -> N
     assert first.endswith("assumed, not measured: GB/s inside a node, GB/s between nodes, us per message)")
 
 
-@pytest.mark.parametrize("measured", [None, 3, {"fitted": None}, {"fitted": 3}])
+def test_a_plan_names_the_devices_that_were_measured(tmp_path: Path) -> None:
+    note = {"devices": ["NVIDIA H100 80GB HBM3"], "fitted": list(MEASURED)}
+    write_calibration(tmp_path / "c.json", TRUE, note)
+    first = calibrated(TRUE, tmp_path / "c.json").assumptions()[0]
+    assert first.endswith(f"(measured on NVIDIA H100 80GB HBM3: {tmp_path / 'c.json'})")
+
+
+@pytest.mark.parametrize("measured", [None, 3, {"fitted": None}, {"fitted": 3}, {"devices": 3}])
 def test_a_note_of_another_kind_on_what_was_measured_is_no_error(tmp_path: Path, measured: object) -> None:
     path = tmp_path / "c.json"
     path.write_text(json.dumps({"format": 1, "flops": 1e12, "measured": measured}), encoding="utf-8")

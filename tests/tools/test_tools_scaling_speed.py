@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import platform
 import shlex
 import statistics
 import subprocess
@@ -117,6 +118,9 @@ def test_the_table_against_the_metrics_of_the_runs(study: Study) -> None:
         "Layout ep=2 was not run on 1 rank, because it breaks a rule: --expert-model-parallel-size: must "
         "divide the number of data-parallel ranks, 1 " in study.out
     )
+    calibration = json.loads((study.folder / "out" / "calibration.json").read_text(encoding="utf-8"))
+    (processor,) = calibration["measured"]["devices"]
+    assert f": {processor}\n" in Path("/proc/cpuinfo").read_text() or processor == platform.machine()
     pytest.importorskip("matplotlib")
     assert (study.folder / "out" / "speed.png").read_bytes().startswith(b"\x89PNG")
 

@@ -6,10 +6,13 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from megatron_hyperrouter import __version__
 from megatron_hyperrouter.compat.versions import TESTED, installed
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.guard.events import Fact
+from megatron_hyperrouter.processes import processor_name
 
 # Who started the job, and how often it was started before.
 _JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_NAME", "TORCHELASTIC_RUN_ID")
@@ -23,6 +26,7 @@ def opening_of(config: RunConfig, world_size: int, hosts: Sequence[str]) -> dict
         "engine": config.engine.engine,
         "world_size": world_size,
         "hosts": list(hosts),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name(),
         "versions": _versions(),
     }
     if job := _set_in(os.environ, _JOBS):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_hyperrouter.guard.events import read_events
 from megatron_hyperrouter.studies.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def write_calibration_of(plans: Sequence[Timed], seconds: Sequence[float], per_n
         }
         for plan, measured, predicted in zip(plans, seconds, found.predicted, strict=True)
     ]
-    write_calibration(path, found.machine, {"fitted": list(found.fitted), "steps": told})
+    devices = _devices(plans)
+    write_calibration(path, found.machine, {"devices": devices, "fitted": list(found.fitted), "steps": told})
     body = [
         [
             str(each["ranks"]),
@@ -75,3 +77,9 @@ def write_calibration_of(plans: Sequence[Timed], seconds: Sequence[float], per_n
         f"to {'this row' if len(rows) == 1 else f'these {len(rows)} rows'}: {constants}.{others} To plan "
         f"with the fitted constants, use mhr plan --calibration {path}.\n"
     )
+
+
+def _devices(plans: Sequence[Timed]) -> list[str]:
+    """The names of the GPUs or CPUs that the runs recorded, each once."""
+    events = [event for plan in plans for event in read_events(plan.folder / "events.jsonl")]
+    return sorted({str(event["device"]) for event in events if event.get("device")})
