@@ -70,6 +70,10 @@ def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
     except KeyboardInterrupt:
         warn("interrupted")
         return 1
+    except MemoryError as error:
+        _take_turn(patience)
+        report(out_of_memory(error))
+        return 1
     except Exception as error:  # noqa: BLE001 - every remaining error is reported here; none is hidden
         # A rank that lost its connection does not know why.  The rank that has ended does, and may still be
         # waiting for its turn to report.
@@ -115,6 +119,13 @@ def missing_library(error: ModuleNotFoundError) -> HostError:
         f"the {library} library is not installed ({error})",
         remedy="in the repository, run bash tools/setup_env.sh or pip install . to install all libraries",
     )
+
+
+def out_of_memory(error: MemoryError) -> HyperRouterError:
+    """The error to report if the machine has no memory left."""
+    reason = f": {error}" if str(error) else ""
+    remedy = "free some memory, or use smaller sizes (such as --micro-batch-size or --workers)"
+    return HyperRouterError(f"not enough memory{reason}", remedy=remedy)
 
 
 def note(text: str) -> None:

@@ -85,7 +85,8 @@ class Parser(argparse.ArgumentParser):
                 arg_string = expanded(arg_string)
             except BadValue as bad:
                 name = "/".join(action.option_strings) or str(action.metavar)
-                self.refuse(name, arg_string, bad.rule, bad.remedy)
+                shown = arg_string if arg_string.strip() else repr(arg_string)
+                self.refuse(name, shown, bad.rule, bad.remedy)
         return super()._get_value(action, arg_string)
 
     def error(self, message: str) -> NoReturn:

@@ -11,7 +11,7 @@ from megatron_hyperrouter.errors import BadValue
 def expanded(path: str) -> str:
     """A path in which ``~`` and ``$VARIABLE`` are expanded as in a shell; ``$$`` is a dollar sign.
 
-    Raises :class:`BadValue` if there is no such variable or user.
+    Raises :class:`BadValue` if there is no such variable or user, or if nothing is left of the path.
     """
     if "\0" in path:
         raise BadValue("must not contain a NUL character", "give the name of a file or folder")
@@ -28,6 +28,11 @@ def expanded(path: str) -> str:
         return os.environ[name]
 
     full = re.sub(r"\$(?:\{(\w+)\}|(\w+)|\$)", fill, path)
+    if not full.strip():  # Path("") is the working folder
+        raise BadValue(
+            "must not be empty",
+            "give the name of a file or folder; an unset variable in a shell leaves an empty name",
+        )
     if full.startswith("~"):
         full = os.path.expanduser(full)
         if full.startswith("~"):

@@ -58,9 +58,7 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
         console.report(console.missing_library(error))
         sys.exit(HostError.exit_status)
     except MemoryError as error:
-        reason = f": {error}" if str(error) else ""
-        remedy = "free some memory, or use smaller sizes (such as --micro-batch-size or --workers)"
-        console.report(HyperRouterError(f"not enough memory{reason}", remedy=remedy))
+        console.report(console.out_of_memory(error))
         sys.exit(1)
     except Stopped as reason:
         console.error_from_here(f"stopped by {reason}; {reason.left}")

@@ -115,6 +115,14 @@ def test_a_rank_that_its_launcher_ends_leaves_no_status_of_its_own():
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
 
 
+def test_too_little_memory_is_one_message(capsys):
+    assert console.run(failing(MemoryError("Unable to allocate 5.69 TiB"))) == 1
+    assert capsys.readouterr().err == (
+        "error: not enough memory: Unable to allocate 5.69 TiB\n  remedy: free some memory, "
+        "or use smaller sizes (such as --micro-batch-size or --workers)\n"
+    )
+
+
 def test_interrupt(capsys):
     assert console.run(failing(KeyboardInterrupt())) == 1
     assert "Traceback" not in capsys.readouterr().err

@@ -63,6 +63,20 @@ def test_the_home_folder_in_paths_alone(monkeypatch: pytest.MonkeyPatch, metavar
         flags.parse_args(["--load=~nobody-here/run"])
 
 
+@pytest.mark.parametrize("words", [["--load="], ["--load", " "], ["--output", ""], [""]])
+def test_an_empty_path_is_not_the_working_folder(words: list[str]) -> None:
+    flags = parser("")
+    flags.add_argument("--load", metavar="RUN_DIR")
+    flags.add_argument("--output", metavar="FILE", type=Path)
+    flags.add_argument("rest", metavar="RUN", nargs="*")
+    with pytest.raises(ConfigError, match=r" = ' ?': must not be empty\n +remedy: give the name of a file"):
+        flags.parse_args(words)
+
+
+def test_an_empty_text_that_is_no_path() -> None:
+    assert read("--own_name", "")["own_name"] == ""
+
+
 def test_each_command_reads_the_home_folder_in_its_paths() -> None:
     """A flag for a path has one of the metavars that mark a path: found by the words of its help."""
     for file in Path(megatron_hyperrouter.__file__).parent.rglob("*.py"):

@@ -53,7 +53,7 @@ def parse(
     words = line.pop("--config")
     if words is None:
         file = YamlFile("")
-    elif not words:
+    elif not "".join(words).strip():
         file = YamlFile("", readable=False)
         line.problems.append(Problem("--config", "", "needs a file name", "write --config FILE.yaml"))
     else:

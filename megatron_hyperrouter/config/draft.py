@@ -159,12 +159,14 @@ class Draft:
                 leaf, str(leaf.off_flag), " ".join(off), lambda: switched_off(leaf, words, off)
             )
         if words is not None:
-            return self._attempt(leaf, leaf.flag, " ".join(words), lambda: from_words(leaf, words))
+            shown = "''" if words == [""] else " ".join(words)
+            return self._attempt(leaf, leaf.flag, shown, lambda: from_words(leaf, words))
         if override is not ABSENT:
             return self._attempt(leaf, leaf.flag, override, lambda: convert(leaf, override))
         if in_file is not ABSENT:
             place = f"{leaf.flag} ({leaf.name} in {self.file.path})"
-            return self._attempt(leaf, place, in_file, lambda: from_file(leaf, in_file))
+            shown = "''" if in_file == "" else in_file
+            return self._attempt(leaf, place, shown, lambda: from_file(leaf, in_file))
         return leaf.default
 
     def _attempt(self, leaf: Leaf, place: str, shown: object, read: Callable[[], Any]) -> Any:

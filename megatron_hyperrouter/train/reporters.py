@@ -110,7 +110,7 @@ def hooks_for(config: RunConfig, place: RankPlace, opening: Mapping[str, Fact] |
         folder = Path(config.logging.tensorboard_dir)
         _tensorboard()
         asked.append(lambda: TensorBoardHook(folder))
-    if config.logging.wandb_project is not None:
+    if config.logging.wandb_project:  # "" turns it off, as in Megatron-LM
         _wandb()
         asked.append(lambda: WandbHook(config))
     return [make() for make in asked] if place.is_main else []

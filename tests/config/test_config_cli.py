@@ -225,7 +225,11 @@ def value_strategy(leaf: Leaf) -> st.SearchStrategy:
         "exclude_max": any(hasattr(r, "lt") for r in leaf.rules),
     }
     text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")).filter(
-        lambda word: (not leaf.optional or word.strip().lower() != "none") and not word.startswith("~")
+        lambda word: (
+            (not leaf.optional or word.strip().lower() != "none")
+            and not word.startswith("~")
+            and not (leaf.is_path and not word.strip())
+        )
     )
     if leaf.choices:
         values = st.sampled_from(leaf.choices)
@@ -286,8 +290,8 @@ def test_what_is_dumped_parses_to_an_equal_tree(data, routers, tmp_path_factory)
     ],
 )
 def test_names_that_yaml_could_take_for_something_else(name, routers, write):
-    config = parse([*DATA, f"--run-dir={name}"], routers=routers)
-    assert parse(["--config", write(dump(config))], routers=routers).logging.run_dir == name
+    config = parse([*DATA, f"--wandb-exp-name={name}"], routers=routers)
+    assert parse(["--config", write(dump(config))], routers=routers).logging.wandb_exp_name == name
 
 
 def test_dump_is_readable(routers):

@@ -184,6 +184,24 @@ class TestPaths:
             (problem,) = problems_of(routers, "--config", write(f"data_path: a\nrun_dir: {value}\n"))
             assert rule in problem.rule
 
+    @pytest.mark.parametrize("flag", ["--run-dir", "--save", "--load", "--data-path", "--tensorboard-dir"])
+    @pytest.mark.parametrize("value", ["", " ", "$EMPTY"])
+    def test_an_empty_one_is_not_the_working_folder(self, routers, monkeypatch, flag, value):
+        """``--load "$RUN"`` with a variable that is not set."""
+        monkeypatch.setenv("EMPTY", "")
+        (problem,) = problems_of(routers, *DATA, flag, value)
+        assert problem.rule == "must not be empty"
+        assert "unset variable" in problem.remedy
+
+    def test_an_empty_one_in_a_file_is_refused(self, routers, write):
+        (problem,) = problems_of(routers, "--config", write('data_path: a\nload: ""\n'))
+        assert str(problem).startswith("--load (load in ")
+        assert " = '': must not be empty" in str(problem)
+
+    def test_an_empty_name_of_the_file_itself(self, routers):
+        (problem,) = problems_of(routers, *DATA, "--config", "")
+        assert problem.rule == "needs a file name"
+
     def test_only_paths_are_filled_in(self, routers):
         assert parse([*DATA, "--wandb-project", "$x"], routers=routers).logging.wandb_project == "$x"
 

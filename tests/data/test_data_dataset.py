@@ -311,6 +311,22 @@ def test_a_sequence_longer_than_the_data_is_refused(tmp_path, sizes):
     assert "--seq-length" in caught.value.remedy
 
 
+def test_an_index_larger_than_the_memory_is_refused_before_it_is_built(tmp_path, monkeypatch):
+    """A run "without an end" over a small file: 1,000 samples of 16 tokens are 161 epochs of 100 tokens."""
+    prefix = write_corpus(tmp_path / "corpus", [50, 50])
+    needed = 4 * 161 * 2 + 8 * (161 * 100 // 16)
+    for present, refused in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": present, "SC_PAGE_SIZE": 1}.__getitem__)
+        if not refused:
+            assert len(ours(DataConfig(train_data_path=(prefix,)), (1000, 0, 0)).train) >= 1000
+            continue
+        with pytest.raises(DataError, match="the run needs 161 epochs of this file") as caught:
+            ours(DataConfig(train_data_path=(prefix,)), (1000, 0, 0))
+        assert "--data-index on-demand" in caught.value.remedy
+    on_demand = DataConfig(train_data_path=(prefix,), data_index="on-demand")
+    assert len(ours(on_demand, (10**15, 0, 0)).train) >= 10**15
+
+
 def test_the_shortest_data_that_will_do(tmp_path):
     prefix = write_corpus(tmp_path / "corpus", [9, 8])
     found = ours(DataConfig(train_data_path=(prefix,)), (None, 0, 0)).train

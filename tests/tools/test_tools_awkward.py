@@ -114,9 +114,7 @@ CASES = {
     "a manifest without end": case(
         "inspect_data p --verify", 3, "p.manifest.json: cannot be read", p__manifest__json=b"[" * 100_000
     ),
-    "a corpus without a name": case(
-        "make_corpus --root . --output=", 3, "'': cannot be written, because it is not a file"
-    ),
+    "a corpus without a name": case("make_corpus --root . --output=", 2, "--output = '': must not be empty"),
     "a corpus in a folder's place": case(
         "make_corpus --root . --output c", 3, "c: cannot be written, because it is not a file", c=None
     ),

@@ -119,6 +119,12 @@ class TestWandb:
         WandbHook(config_with(tmp_path, wandb_project="routers", wandb_exp_name="first try")).on_start(0)
         assert wandb.inits[0]["name"] == "first try"
 
+    def test_an_empty_project_is_none(self, wandb: FakeWandb, tmp_path: Path) -> None:
+        """Megatron-LM's default is an empty text."""
+        assert not any(
+            isinstance(hook, WandbHook) for hook in hooks_for(config_with(tmp_path, wandb_project=""), MAIN)
+        )
+
     @pytest.mark.parametrize("place", [MAIN, OTHER])
     def test_missing_library_is_told_on_every_rank(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: RankPlace

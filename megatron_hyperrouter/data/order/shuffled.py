@@ -8,6 +8,7 @@ other order, for corpora too large for this one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from megatron_hyperrouter.data.order import index
 from megatron_hyperrouter.data.order.index import Implementation, Integers
+from megatron_hyperrouter.errors import DataError
 
 # If less than this share of the last epoch is needed, it is shuffled separately: otherwise samples
 # of documents that are read once more than others would be spread over the whole run.
@@ -99,6 +101,22 @@ def plan_order(tokens_per_epoch: int, *, seq_length: int, num_samples: int | Non
     ) // seq_length  # samples that are complete without the last epoch
     apart = epochs > 1 and num_samples - before_last < int(_SEPARATE_BELOW * per_epoch)
     return OrderPlan(epochs, tokens_per_epoch, before_last if apart else None)
+
+
+def check_room(prefix: str, plan: OrderPlan, documents: int, seq_length: int) -> None:
+    """DataError if building the order of ``documents`` documents needs more memory than this machine has:
+    a very long run over a small file.
+    """
+    samples = plan.epochs * plan.tokens_per_epoch // seq_length
+    # the document index and the sample index are in memory together
+    needed = 4 * plan.epochs * documents + 8 * samples
+    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > present:
+        raise DataError(
+            f"{prefix}: the run needs {plan.epochs:,} epochs of this file; their index takes "
+            f"{needed / 1e9:,.0f} GB of memory to build, but this machine has {present / 1e9:,.0f} GB",
+            remedy="use --data-index on-demand, which builds no index, or a smaller --train-iters",
+        )
 
 
 def build_order(

@@ -27,7 +27,14 @@ from megatron_hyperrouter.data.order.blend import (
 from megatron_hyperrouter.data.order.index_files import IndexCache, NamedArrays
 from megatron_hyperrouter.data.order.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order.packed import PackedDataset, Packing, pack
-from megatron_hyperrouter.data.order.shuffled import Order, SampleOrder, Span, order_of, plan_order
+from megatron_hyperrouter.data.order.shuffled import (
+    Order,
+    SampleOrder,
+    Span,
+    check_room,
+    order_of,
+    plan_order,
+)
 from megatron_hyperrouter.data.stream.stores import MOCK, cache_key, open_store
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
@@ -367,6 +374,7 @@ class Builder:
                 impl=self.impl,
             )
         plan = plan_order(self.tokens(store, documents), seq_length=self.seq_length, num_samples=num_samples)
+        check_room(store.prefix, plan, len(documents), self.seq_length)
         key = {
             "kind": "megatron-core 0.16 GPTDataset",
             "file": cache_key(store),
