@@ -117,7 +117,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {*LATE_ROOM, "evaluate", "export", "export/classes", "importing"},
         {"torch", "numpy", "safetensors"},
     ),
-    "importing": ({*LATE_ROOM, "export", "export/classes"}, {"torch", "yaml"}),
+    "importing": ({*LATE_ROOM, "export", "export/classes", "analysis"}, {"torch", "yaml"}),
     "generation": ({*LATE_ROOM, "evaluate", "export", "export/classes", "importing"}, {"torch"}),
     "analysis": (LATE_ROOM, {"torch", "numpy"}),
     "verify": ({*COMMAND, "verify"}, {"torch", "numpy", "deepspeed"}),

@@ -64,13 +64,13 @@ class TensorReader:
 
     def meta(self, name: str) -> Tensor:
         """A tensor of that shape and dtype, without numbers."""
-        _, entry = self._files[name]
-        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+        path, entry = self._files[name]
+        return torch.empty(entry.shape, dtype=_dtype(path, entry), device="meta")
 
     def read(self, name: str) -> Tensor:
         """The tensor."""
         path, entry = self._files[name]
-        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        tensor = torch.empty(entry.shape, dtype=_dtype(path, entry))
         try:
             with path.open("rb") as file:
                 file.seek(entry.begin)
@@ -91,6 +91,15 @@ class TensorReader:
             found.update(f"{name} {entry.dtype} {list(entry.shape)} ".encode())
             found.update(as_bytes(self.read(name)))
         return found.hexdigest()
+
+
+def _dtype(path: Path, entry: TensorEntry) -> torch.dtype:
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{path}: the tensor {entry.name} has the data type {entry.dtype}, which is not supported",
+            remedy="save the model again in bfloat16 or float32",
+        )
+    return DTYPES[entry.dtype]
 
 
 class TensorToWrite(NamedTuple):

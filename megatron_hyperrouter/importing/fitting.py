@@ -51,6 +51,8 @@ def problems(folder: HfFolder) -> Iterator[str]:
     yield from (f"config.json has no {name}" for name in missing)
     if "model.embed_tokens.weight" not in folder.reader:
         yield "the weights have no tensor model.embed_tokens.weight"
+    elif (size := config.get("vocab_size", folder.rows)) != folder.rows:
+        yield f"vocab_size is {size}, but model.embed_tokens.weight has {folder.rows} rows"
     if missing:
         return
     if folder.theta <= 1:

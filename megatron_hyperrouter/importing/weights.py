@@ -6,10 +6,14 @@ Legend: ``E`` experts, ``D`` hidden size.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_hyperrouter.analysis.shapes import shapes_of
+from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.export.classes.names import TensorPart, TensorSource, join, tensor_sources
 from megatron_hyperrouter.importing.source import MOE, HfFolder
@@ -104,3 +108,41 @@ class ImportedWeights:
                 ),
                 remedy="download the folder again",
             )
+
+
+def checked(
+    read: Callable[[str], Tensor], names: Sequence[str], run: RunConfig, folder: HfFolder
+) -> Callable[[str], Tensor]:
+    """``read``, with CheckpointError for a tensor that is no weight of the run's model: one of integers, with
+    NaN, or with another shape.
+    """
+    matrix = (run.model.num_experts, run.model.hidden_size)
+    shapes = shapes_of(run, folder.rows, folder.rows) | {
+        name: matrix for name in names if name.endswith(".mlp.router.weight")
+    }
+
+    def read_checked(name: str) -> Tensor:
+        wanted = shapes.get(name)
+        try:
+            tensor = read(name)
+        except (IndexError, RuntimeError) as error:  # an expert that a stack does not have; heads that differ
+            raise _unfit(
+                folder.path, name, f"the shapes of its parts do not match config.json ({error})"
+            ) from error
+        if not tensor.is_floating_point():
+            raise _unfit(folder.path, name, f"its data type is {tensor.dtype}, not a floating-point type")
+        if wanted is not None and tuple(tensor.shape) != wanted:
+            found = list(tensor.shape)
+            raise _unfit(folder.path, name, f"its shape is {found}, but config.json describes {list(wanted)}")
+        if not torch.isfinite(tensor).all():
+            raise _unfit(folder.path, name, "it contains NaN or infinity")
+        return tensor
+
+    return read_checked
+
+
+def _unfit(folder: Path, name: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: the weights for {name} cannot be used: {reason}",
+        remedy="download the folder again, or save the model again",
+    )

@@ -5,7 +5,7 @@ exported again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,19 @@ REFUSED: dict[str, Any] = {
     "rope_type longrope": case("biased", topks=[]),
     "model.layers.1.mlp.experts.3.up_proj.weight: missing": case("holed", topks=[]),
     "extra.weight: unexpected tensor": case("holed", topks=[]),
+    "3.linear_fc1.weight cannot be used: its shape is [47, 32], but config.json describes [48, 32]": case(
+        "short", topks=[]
+    ),
+    "experts.3.linear_fc1.weight cannot be used: it contains NaN or infinity": case("nan", topks=[]),
+    "experts.3.up_proj.weight has the data type I8, which is not supported": case("int8", topks=[]),
+    "linear_qkv.weight cannot be used: the shapes of its parts do not match config.json": case(
+        "heads", topks=[]
+    ),
+    "its shape is [7, 32], but config.json describes [8, 32]": case("gate", topks=[]),
+    "linear_fc1.weight cannot be used: the shapes of its parts do not match config.json": case(
+        "stack", topks=[]
+    ),
+    "vocab_size is 101, but model.embed_tokens.weight has 100 rows": case("rows", topks=[]),
     "cannot keep the model's own router": case("qwen3_moe", "--router", "xmoe", topks=[]),
     "--router = xmoe: gives the chosen experts weights that do not sum to 1": case(
         "llama", *UP, "--router", "xmoe", topks=[]
@@ -114,6 +127,33 @@ def test_a_yarn_without_truncation_is_refused_as_such():
         rotary_settings({"rope_type": "yarn", "factor": 4.0, "truncate": False}, latent=False)
 
 
+def write_spoilt(home: Path) -> None:
+    """Models whose tensors have the right names, and are wrong in another way."""
+    last = "model.layers.1.mlp.experts.3.up_proj.weight"
+    gate = "model.layers.1.mlp.gate.weight"
+    changes: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+        "short": (last, lambda up: up[:-1].clone()),
+        "nan": (last, lambda up: up.index_fill(1, torch.tensor([5]), float("nan"))),
+        "int8": (last, lambda up: up.to(torch.int8)),
+        "gate": (gate, lambda matrix: matrix[:-1].clone()),
+    }
+    for name, (tensor, change) in changes.items():
+        make_model("qwen3_moe", home / name)
+        (file,) = (home / name).glob("*.safetensors")
+        weights = load_file(file)
+        save_file(weights | {tensor: change(weights[tensor])}, file, {"format": "pt"})
+    make_model("qwen3_moe", home / "heads")
+    edit_config(home / "heads", num_key_value_heads=4)
+    make_model("qwen3_moe", home / "rows")
+    edit_config(home / "rows", vocab_size=101)
+    make_model("qwen3_moe", home / "stack", packed=True)
+    (file,) = (home / "stack").glob("*.safetensors")
+    short = {
+        name: stack[:-1].clone() if "gate_up" in name else stack for name, stack in load_file(file).items()
+    }
+    save_file(short, file, {"format": "pt"})
+
+
 def write_folders(home: Path) -> None:
     """The models of the table, and some that do not fit."""
     for name in MODELS:
@@ -126,6 +166,7 @@ def write_folders(home: Path) -> None:
     config["num_experts"] = config.pop("num_local_experts", config.get("num_experts"))
     config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
     (home / "old" / "config.json").write_text(json.dumps(config))
+    write_spoilt(home)
     longrope = {"rope_type": "longrope", "rope_theta": 50000.0, "factor": 4.0}
     edit_config(home / "biased", attention_bias=True, use_sliding_window=True, rope_parameters=longrope)
     make_model("deepseek_v3", home / "predicting")

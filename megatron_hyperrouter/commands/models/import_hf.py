@@ -169,13 +169,15 @@ def write(draft: Path, run: RunConfig, weights: ImportedWeights | UpcycledWeight
     from megatron_hyperrouter.export.sources import OneProcess
     from megatron_hyperrouter.importing.routers import imported_routers
     from megatron_hyperrouter.importing.run_folder import write_run
+    from megatron_hyperrouter.importing.weights import checked
     from megatron_hyperrouter.train.resuming.run_meta import run_meta
 
     names, rows = weights.names(), weights.folder.rows
-    routers = imported_routers(run, names, weights.read, vocab_size=rows, reset=reset)
+    read = checked(weights.read, names, run, weights.folder)
+    routers = imported_routers(run, names, read, vocab_size=rows, reset=reset)
     engine = cast("Engine", SimpleNamespace(place=OneProcess.place))
     meta = run_meta(run, engine) | {"imported": weights.folder.architecture}
-    write_run(draft, run, names, weights.read, routers, meta)
+    write_run(draft, run, names, read, routers, meta)
 
 
 def asked_of(args: Namespace) -> Any:
