@@ -16,10 +16,10 @@ from megatron_hyperrouter.routers.base import Router
 
 
 class RouterSteps:
-    """Gives all routers of a model the step and their tokens, and adds up their choices over ranks.
+    """Tells the routers of a model the step and the tokens, and sums their choices over all ranks.
 
-    Put routers into the model with ``plug_into_deepspeed`` or ``megatron_router_builder``; then make this
-    object, on every rank::
+    First put routers into the model, with ``plug_into_deepspeed`` or ``megatron_router_builder``.  Then
+    create this object on every rank, and use it in the training loop:
 
         steps = RouterSteps(model, batch_first=True)
         for step in range(train_iters):
@@ -30,8 +30,11 @@ class RouterSteps:
             optimizer.step()
             chosen = steps.end()  # {"entropy": [...], "load_max_over_mean": [...], ...}, one number per layer
 
-    Every router with a schedule needs the step; ``simsmoe``, ``stablemoe`` and some options of ``topk``
-    need all of it.
+    Without this object, and if you do not set ``clock.step`` of the routers, they always see step 0.
+
+    - ``begin`` gives the routers the step, for a k that grows and for routers with stages or schedules.
+    - ``arrive`` is needed by ``stablemoe``, and by the options ``jitter_eps`` and ``aux_loss="sequence"``.
+    - ``end`` is needed by ``simsmoe``, and by the options ``expert_bias`` and ``aux_loss="global_batch"``.
     """
 
     def __init__(
@@ -45,19 +48,24 @@ class RouterSteps:
         data_rank: int | None = None,
         data_size: int | None = None,
     ) -> None:
-        """``model``: the model of this rank, or its parts.
+        """Find the routers in the model.
 
-        - ``batch_first``: True if hidden states are ``[B, S, D]``; False if they are ``[S, B, D]`` as in
-          megatron-core.
-        - ``part``: selects the positions of a ``[B, S]`` tensor that this rank's routers process, under
-          sequence or context parallelism.
-        - ``group``: all ranks of the model; by default the world.  ``replicas``: number of ranks that
-          route the same tokens, as tensor-parallel ranks do without sequence parallelism.
-        - ``data_rank``, ``data_size``: this rank's position among the ranks that read different samples;
-          by default as in ``group``.
+        Args:
+            model: the model of this rank, or an iterable of its parts.
+            batch_first: True if hidden states have the shape ``[B, S, D]``; False if they have the shape
+                ``[S, B, D]``, as in megatron-core.
+            part: with sequence or context parallelism, a function that selects from a ``[B, S]`` tensor the
+                positions that the routers of this rank process.
+            group: process group with all ranks of the model; by default all processes.
+            replicas: number of ranks that route the same tokens.  Without sequence parallelism, this is the
+                number of tensor-parallel ranks.
+            data_rank: number of this rank among the ranks that read different samples; by default its rank
+                in ``group``.
+            data_size: number of ranks that read different samples; by default the size of ``group``.
 
-        Raises ValueError if there is no router, if two layers have the same number, or if layers differ in
-        their number of experts.
+        Raises:
+            ValueError: the model has no router, two layers have the same number, or layers have different
+                numbers of experts.
         """
         parts = [model] if isinstance(model, nn.Module) else list(model)
         found = (getattr(module, "site", None) for each in parts for module in each.modules())
@@ -80,29 +88,42 @@ class RouterSteps:
             site.join(self.clock, self._statistics)
 
     def begin(self, step: int) -> None:
-        """Begin a step; ``step``: number of optimizer steps completed before it."""
+        """Begin a training step.  Call this before the step's first forward pass.
+
+        Args:
+            step: number of optimizer steps completed so far.
+        """
         self.clock.begin(step=step)
         self._statistics.enabled = True
 
     def begin_evaluation(self, topk: int | None = None) -> None:
-        """Begin an evaluation with k = ``topk``, or the k of the schedule; its tokens arrive as in a step,
-        and nothing is counted.
+        """Begin an evaluation.  Pass its tokens with ``arrive``, as in training.  Choices are not counted, so
+        an evaluation has no ``end``.  Call ``begin`` before the next training pass.
+
+        Args:
+            topk: number of experts for each token; by default the k of the schedule.
         """
         self.clock.begin(step=self.clock.step, topk=topk)
         self._statistics.enabled = False
 
     def arrive(self, tokens_BS: Tensor) -> None:
-        """Pass the ids of the next micro-batch, int64 ``[B, S]``, before its forward pass; do this for all
-        micro-batches or for none.
+        """Pass the token ids of a micro-batch, before its forward pass.  Do this for every micro-batch or for
+        none.
+
+        Args:
+            tokens_BS: int64 token ids of the shape ``[B, S]``.
         """
         self.clock.arrive(tokens_BS, self._place, self._part, batch_first=self._batch_first)
 
     def end(self) -> dict[str, list[float]]:
-        """End a step, after the optimizer's (collective): routers get the choices of all ranks in it.
+        """End a training step.  Call this on every rank, after ``optimizer.step()``: the routers get the sums
+        of the choices of all ranks.
 
-        Returns one number per layer for ``entropy`` of the router (nats), ``load_max_over_mean``, and the
-        ``aux`` and ``z`` losses before their coefficients; nan for layers without a router of this
-        project, and for layers without tokens.
+        Returns:
+            For each name, a list with one number for each layer: ``entropy`` of the router (in nats),
+                ``load_max_over_mean`` (largest load of an expert divided by the mean load), and the losses
+                ``aux`` and ``z`` before they are multiplied by their coefficients.  The number is nan for a
+                layer that has no router of this project, or that processed no token.
         """
         self._statistics.enabled = False
         sums = self._statistics.take().to(device())

@@ -24,17 +24,21 @@ def switch_loss(
     load_E: Tensor | None = None,
     coefficient: float = 1.0,
 ) -> Tensor:
-    """Load-balancing loss of Switch Transformers, ``E * sum_i f_i P_i`` (arXiv 2101.03961, equation 4),
-    for any k.
+    """Load-balancing loss of Switch Transformers (arXiv 2101.03961, equation 4), for any k:
+    ``E * sum_i f_i P_i``.
 
-    ``f_i`` is the share of the T*K routes that go to expert i (no gradient), ``P_i`` the mean of
-    ``probs_TE[:, i]``. A scalar: 1 if routes or probabilities are uniform, E if all tokens go to one
-    expert with probability 1.
+    ``f_i`` is the share of the routes (T * K in total) that go to expert i, and has no gradient.  ``P_i`` is
+    the mean of ``probs_TE[:, i]``.  The result is a scalar.  It is 1 if the routes or the probabilities are
+    uniform, and E if all tokens go to one expert with probability 1.
 
-    ``over_shards`` sums a tensor over the ranks that share one micro-batch.  With it, the result is this
-    rank's part of the loss of the whole micro-batch.  The parts add up to the value that one rank with all
-    tokens would compute, and so do their gradients.
-    ``load_E``: the load of ``experts_TK``, if the caller has it.  ``coefficient`` multiplies the loss.
+    Args:
+        probs_TE: probability of each expert for each token.
+        experts_TK: numbers of the chosen experts.
+        over_shards: needed only if several ranks share a micro-batch: a function that sums a tensor over
+            these ranks.  The result is then this rank's part of the loss.  The parts of all ranks, and their
+            gradients, add up to those of one rank with all tokens.
+        load_E: number of routes to each expert, if you have it already.
+        coefficient: factor of the loss.
     """
     num_experts, topk = probs_TE.size(1), experts_TK.size(1)
     load_E = load(experts_TK, num_experts) if load_E is None else load_E

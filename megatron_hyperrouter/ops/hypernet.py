@@ -25,11 +25,12 @@ def generate(
     *,
     bias: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """The router ``(W_ED, b_E)`` from ``W2 relu(W1 e + b1) + b2``; b_E is None with ``bias=False``, where
-    P = E*D.
+    """Generate a router ``(W_ED, b_E)`` from an embedding e: ``W2 relu(W1 e + b1) + b2``, reshaped to E rows.
 
-    The embedding's default size is D, but it may have any size ``S``.  Differentiable; W_ED is contiguous.
-    Raises ValueError if P is not divisible into ``num_experts`` rows.
+    The hypernetwork has H hidden units and P outputs.  With ``bias=True``, P = E (D + 1), and the last
+    number of each row is in b_E.  With ``bias=False``, P = E D, and b_E is None.  The embedding may have
+    any size, not only D.  If its shape is ``_ES``, each expert's row comes from the expert's own embedding.
+    Gradients flow to all inputs.  Raises ValueError if P does not fit ``num_experts``.
     """
     if w2_PH.size(0) % num_experts or w2_PH.size(0) <= num_experts * bias:
         raise ValueError(

@@ -8,14 +8,19 @@ KINDS = ("constant", "linear", "cosine", "exponential", "multistep")
 
 
 def topk_at(step: int, *, start: int, end: int, steps: int, kind: str = "linear") -> int:
-    """Active experts after ``step`` completed optimizer steps: ``start`` at step 0, ``end`` from step
-    ``steps`` on.
+    """Return k, the number of active experts, after ``step`` completed optimizer steps.
 
-    ``constant``: ``end`` throughout.  ``linear``, ``cosine`` and ``exponential`` round halves to even, as
-    in SMoE-Dropout's code (arXiv 2303.01610; HyperRouter's runs grow linearly from 8 to 16).  The
-    exponential schedule leaves 0.99^300 = 4.9 % of the growth for its last step.  ``multistep`` doubles
-    (or halves) ``start`` until ``end``, and keeps each value for an equal share of the steps.  If ``start
-    > end``, k shrinks.  Raises ValueError for values below 1, a negative step, or another kind.
+    k is ``start`` at step 0, and ``end`` from step ``steps`` on.  If ``start > end``, k shrinks.  Between
+    these steps, ``kind`` decides:
+
+    - ``constant``: k is always ``end``, also at step 0.
+    - ``linear``, ``cosine``, ``exponential``: k follows this curve, rounded (halves to even) as in the code
+      of SMoE-Dropout (arXiv 2303.01610).  The exponential schedule leaves 0.99^300 = 4.9 % of the growth
+      for its last step.
+    - ``multistep``: k doubles (or halves) until ``end``.  Each value lasts for an equal share of the steps.
+
+    Raises ValueError if ``start``, ``end`` or ``steps`` is below 1, if ``step`` is negative, or for another
+    ``kind``.
     """
     if min(start, end, steps) < 1 or step < 0:
         raise ValueError(

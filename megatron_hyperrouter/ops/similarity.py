@@ -21,11 +21,15 @@ _ROUNDING = 2.0**-20
 
 
 def linear_cka(x_ND: Tensor, y_ND: Tensor, valid_N: Tensor | None = None) -> Tensor:
-    """CKA with ``K = X X^T``: ``||Yc^T Xc||^2 / (||Xc^T Xc|| ||Yc^T Yc||)``, Frobenius norms of
-    column-centred features.
+    """Linear CKA (centered kernel alignment): how similar two representations of the same tokens are.
 
-    It does not change if either side is rotated, reflected or scaled as a whole, or if tokens are
-    permuted. Shape ``[...]``.
+    ``x_ND`` and ``y_ND`` have N tokens, and D features that may differ in number; both may have leading
+    batch dimensions.  The result has the batch dimensions, and is from 0 to 1.  With the centered features
+    Xc and Yc, it is ``||Yc^T Xc||^2 / (||Xc^T Xc|| ||Yc^T Yc||)`` in Frobenius norms.  It does not change
+    if one representation is rotated, reflected or scaled as a whole, or if the tokens are permuted.
+
+    Rows where ``valid_N`` is False are ignored.  For two tokens, CKA is always 1.  For one token or
+    constant features, it is 0.
     """
     x_ND, y_ND = (_unit(_centred(each_ND, valid_N)) for each_ND in (x_ND, y_ND))
     if x_ND.size(-2) <= max(x_ND.size(-1), y_ND.size(-1)):  # the smaller of both forms
@@ -35,12 +39,13 @@ def linear_cka(x_ND: Tensor, y_ND: Tensor, valid_N: Tensor | None = None) -> Ten
 
 
 def rbf_cka(x_ND: Tensor, y_ND: Tensor, sigma: float, valid_N: Tensor | None = None) -> Tensor:
-    """CKA with ``K_ij = exp(-|x_i - x_j|^2 / (2 sigma^2))``; sigma > 0 has the units of the features.
-    Shape ``[...]``.
+    """CKA with the kernel ``K_ij = exp(-|x_i - x_j|^2 / (2 sigma^2))`` instead of the linear kernel.
 
-    If distances are far above sigma, K and L approach I, and CKA approaches 1 for any two representations,
-    without a gradient.  To avoid this, divide each side by its :func:`median_distance` first; sigma is
-    then relative to it, as in the paper.
+    ``sigma > 0`` has the units of the features.  Otherwise, the arguments and the result are as for
+    ``linear_cka``.  If the distances between tokens are much larger than sigma, CKA is close to 1 for any
+    two representations, and has no gradient.  To avoid this, first divide each representation by its
+    ``median_distance`` (in the same module).  Sigma is then relative to this distance, as in the paper on
+    SimSMoE.
     """
     if not sigma > 0:
         raise ValueError(f"sigma = {sigma}: must be greater than 0")

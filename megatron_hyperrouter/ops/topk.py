@@ -32,12 +32,13 @@ class Groups(NamedTuple):
 
 
 def topk_softmax(logits_TE: Tensor, k: int, groups: Groups | None = None) -> tuple[Tensor, Tensor]:
-    """The k largest logits of each token, and the softmax over only these k, as in SMoE, SMoE-Dropout and
-    HyperRouter.
+    """Choose the experts with the k largest logits for each token, and weight them with the softmax over
+    these k logits, as in SMoE, SMoE-Dropout and HyperRouter.
 
-    Returns ``(weights_TK, experts_TK)``, best expert first; a row of weights sums to 1; ids are int64.  Of
-    equal logits, the lower expert id comes first.  At k = 1 the weight is 1, so the logits get no
-    gradient.  Raises ValueError unless 1 <= k <= E.
+    Returns ``(weights_TK, experts_TK)``, best expert first.  The weights of a token sum to 1, and
+    ``experts_TK`` has int64 numbers of experts.  If two logits are equal, the expert with the lower number
+    comes first.  At k = 1, the weight is always 1, so the logits get no gradient.  With ``groups``, each
+    token uses only the experts of its best groups.  Raises ValueError unless 1 <= k <= E.
     """
     experts_TK = best_experts(logits_TE, k, groups)
     return logits_TE.gather(-1, experts_TK).softmax(-1), experts_TK

@@ -31,14 +31,25 @@ def build_router(
     facts: RunFacts | None = None,
     **options: Any,
 ) -> Router:
-    """The router ``name`` for one layer; its trainable parameters are drawn from (seed, layer number).
+    """Create the router of one MoE layer.  Its initial weights depend only on ``seed``, ``layer_number`` and
+    the options.
 
-    ``topk``: k, or a function from completed steps to k; ``layer_number`` counts from 1; ``facts``: what
-    methods need to know about the run for their schedules or features; ``options``: fields of the router's
-    ``Config``.
+    Args:
+        name: name of the router, such as ``"hyper"``; ``ROUTERS`` has all names.
+        hidden_size: size of the hidden states that the router gets.
+        num_experts: number of experts in the layer, over all ranks.
+        topk: k, or a function that returns k for a number of completed optimizer steps.
+        layer_number: number of the layer in the model, counted from 1.
+        seed: random seed.
+        aux_loss_coeff: coefficient of the load-balancing loss; 0: no such loss.
+        z_loss_coeff: coefficient of the z loss, which keeps logits small; 0: no such loss.
+        facts: number of layers, steps and token ids, needed by ``competesmoe`` and ``stablemoe``.
+        **options: the options of the router.  The option of ``--router.init-std``, for example, is
+            ``init_std``.
 
-    Raises ConfigError, which lists every problem at once, for an unknown name or option or a value out of
-    range.
+    Raises:
+        ConfigError: the name or an option is unknown, or a value is out of range.  The message lists all
+            problems.
     """
     cls = router_class(name)
     config = make_options(cls, options, hidden_size=hidden_size, num_experts=num_experts, topk=topk)

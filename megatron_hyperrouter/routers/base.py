@@ -30,7 +30,7 @@ ROUTERS: dict[str, type[Router]] = {}
 
 
 class Routing(NamedTuple):
-    """A router's decision for the tokens of one micro-batch on one rank."""
+    """The decision of a router for the tokens of one micro-batch on one rank."""
 
     logits_TE: Tensor  # float32
     weights_TK: Tensor  # float32; a row sums to 1 unless the method says otherwise
@@ -110,11 +110,11 @@ class StepCounts(NamedTuple):
 
 
 class Router(nn.Module):
-    """Base of all routers; a subclass registers itself: ``class Mine(Router, name="mine")``.
+    """A router for one layer: the base class of all routers.  It needs no process group, GPU or engine.
 
-    It needs no process group, no GPU and no engine.  ``forward`` has no effect on a second forward, so
-    activation checkpointing may repeat it.  A constructor ends with ``self.reset()``, after it has created
-    its parameters.
+    To write your own router, derive a class: ``class Mine(Router, name="mine")``.  Its constructor creates
+    the parameters and then calls ``self.reset()``.  ``forward`` must not change any state, so that
+    activation checkpointing may repeat it.
     """
 
     name: ClassVar[str]
@@ -257,16 +257,16 @@ class Router(nn.Module):
 
     # ------------------------------------------------------------------ the method itself: override these
     def view(self, x_TD: Tensor, now: Pass) -> Tensor:
-        """The input as the router sees it; a method adds noise here."""
+        """Return the input that the router uses instead of ``x_TD``; a method can add noise here."""
         return x_TD
 
     @abstractmethod
     def logits(self, x_TD: Tensor) -> Tensor:
-        """Score each token against each expert; returns ``_TE`` in float32."""
+        """Return the logits ``_TE`` in float32: a score of each token for each expert."""
 
     def choose(self, logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """``(weights_TK, experts_TK)``: the k largest logits and the softmax over them; a method may
-        choose and weigh in another way.
+        """Return ``(weights_TK, experts_TK)``: by default, the experts with the k largest logits and the
+        softmax over these logits.
         """
         return topk_softmax(logits_TE, k, self.config.groups)
 
@@ -280,9 +280,7 @@ class Router(nn.Module):
         return weights_TK if factor == 1.0 else weights_TK * factor
 
     def balance_losses(self, logits_TE: Tensor, experts_TK: Tensor, now: Pass) -> dict[str, Tensor]:
-        """``aux`` (Switch balance) and ``z``, multiplied by their coefficients; only those that are
-        switched on.
-        """
+        """Return the losses ``aux`` and ``z``, multiplied by their coefficients; none with coefficient 0."""
         losses: dict[str, Tensor] = {}
         if self.aux_loss_coeff:
             losses["aux"] = switch_loss(
@@ -300,39 +298,39 @@ class Router(nn.Module):
         return {}
 
     def refine(self, first: Routing, x_TD: Tensor, now: Pass) -> Routing:
-        """Change the first decision, for a method that uses more than its logits."""
+        """Return a changed decision, for a method that uses more than its logits."""
         return first
 
     def wants_outputs(self, now: Pass) -> bool:
-        """True: this pass ends with :meth:`combine`.  Must not depend on the tokens, because all ranks
-        must agree.
+        """Return True if this pass ends with ``combine``.  The answer must not depend on the tokens, because
+        all ranks must agree.
         """
         return False
 
     def combine(self, routing: Routing, x_TD: Tensor, outputs_TKD: Tensor, now: Pass) -> Routing:
-        """Compute weights and further losses from the unweighted outputs of the chosen experts, which have
-        gradients.  The choice must not change.
+        """Return the decision with weights and further losses that depend on the unweighted outputs of the
+        chosen experts, which have gradients.  The chosen experts must stay the same.
         """
         return routing
 
     # --------------------------------------------------------------------------------- counts over a step
     @property
     def num_extra_counts(self) -> int:
-        """How many numbers :meth:`extra_counts` returns; 0: none."""
+        """Number of values that ``extra_counts`` returns; 0: the method counts nothing."""
         return 0
 
     def extra_counts(self, routing: Routing) -> Tensor:
-        """Sums over this rank's tokens of what the method counts: float64 ``[num_extra_counts]``."""
+        """Return what the method counts, summed over this rank's tokens: float64 ``[num_extra_counts]``."""
         raise NotImplementedError
 
     def end_step(self, counts: StepCounts) -> None:
-        """Engines call this after each optimizer step, with the same counts on every rank; buffers change
-        only here.
+        """Use the counts of a step: engines call this after the optimizer step, with the same counts on every
+        rank.  A router changes its buffers only here.
         """
 
     # ----------------------------------------------------------------------------- what all routers share
     def topk_at(self, step: int) -> int:
-        """k after ``step`` completed optimizer steps."""
+        """Return k after ``step`` completed optimizer steps."""
         return self.topk(step) if callable(self.topk) else self.topk
 
     def at(
@@ -360,10 +358,9 @@ class Router(nn.Module):
         experts: ExpertBank | None = None,
         tokens: Tokens | None = None,
     ) -> Routing:
-        """Route tokens; ``topk`` overrides the schedule, for evaluation at another k.
-
-        Raises ValueError unless 1 <= k <= E.  Computes in float32 for any dtype of ``x_TD``, also under
-        autocast.
+        """Choose experts and weights for the tokens ``x_TD``, in float32 for any dtype.  ``step``: number of
+        completed optimizer steps; ``topk``: k, instead of the k of the schedule; ``experts``, ``tokens``:
+        what some routers need, passed by engines and ``RouterSteps``.  Raises ValueError unless 1 <= k <= E.
         """
         now = self.at(step=step, topk=topk, experts=experts, tokens=tokens)
         with float32_maths(x_TD.device):
@@ -378,13 +375,15 @@ class Router(nn.Module):
             return self.refine(first, x_TD, now)
 
     def linear(self) -> tuple[Tensor, Tensor | None]:
-        """The router as a plain linear map ``(W_ED, b_E or None)``, float32; raises NotImplementedError if
-        the method is not linear.
+        """Return ``W_ED`` and ``b_E`` (or None) if the logits are ``W x + b``, in float32.  Otherwise, raise
+        NotImplementedError.
         """
         raise NotImplementedError(f"router {self.name} is not a linear function of its input")
 
     def fold(self) -> Router:
-        """The ``topk`` router with the weights of :meth:`linear`: same routing, without a hypernetwork."""
+        """Return a ``topk`` router that gives the same experts and weights.  For ``hyper``, it needs no
+        hypernetwork.  Raises NotImplementedError if the router has no such equivalent.
+        """
         with torch.no_grad():
             W_ED, b_E = self.linear()
         plain_class: Any = ROUTERS["topk"]
@@ -418,8 +417,8 @@ class Router(nn.Module):
         return {field.name: getattr(self.config, field.name) for field in fields(Router.Config)}
 
     def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-        """Fill trained parameters; ``draw(name, shape)`` gives float32 N(0, 1) numbers that depend only on
-        the name.
+        """Fill the trained parameters.  ``draw(name, shape)`` returns float32 numbers from N(0, 1) that
+        depend only on the seed, the layer and the name.
         """
         raise NotImplementedError
 

@@ -36,30 +36,35 @@ _STOCK_ONLY: tuple[tuple[str, object], ...] = (
 def megatron_router_builder(
     name: str, *, seed: int = 1234, facts: RunFacts | None = None, **options: Any
 ) -> RouterBuilder:
-    """A function with which megatron-core builds the router of each MoE layer.
+    """Return a function with which megatron-core builds the router of each MoE layer.
 
-    ``MoESubmodules(experts=..., router=megatron_router_builder("hyper"))`` puts it into a layer spec.
+    To put the routers into your model, pass the function to the layer spec:
+    ``MoESubmodules(experts=..., router=megatron_router_builder("hyper"))``.
 
-    The other settings come from the model's ``TransformerConfig``: ``hidden_size``, ``num_moe_experts``,
-    ``moe_router_topk``, ``moe_aux_loss_coeff`` (with ``moe_router_load_balancing_type`` "aux_loss" or
-    "none"), ``moe_z_loss_coeff``, ``moe_expert_capacity_factor`` and the drop policy.  The losses join the
-    graph automatically, like those of the stock router.  Each layer's router depends on the layer's number
-    in the whole model.  ``options``: fields of the router's ``Config``.  ``facts``: layers, steps and
-    vocabulary of the model's run, for routers that depend on them (``competesmoe``, ``stablemoe``); by
-    default the model's number of layers.
+    The router takes its other settings from the model's ``TransformerConfig``: ``hidden_size``,
+    ``num_moe_experts``, ``moe_router_topk``, ``moe_aux_loss_coeff`` (``moe_router_load_balancing_type``
+    must be ``"aux_loss"`` or ``"none"``), ``moe_z_loss_coeff``, ``moe_expert_capacity_factor`` and the drop
+    policy.  As with megatron-core's own router, the router's losses enter the backward pass automatically.
+    The weights of a router depend on the number of its layer in the whole model.
 
-    ``competesmoe`` and ``simsmoe`` run the experts themselves.  They need
-    ``engines.megatron.routed.RoutedMoELayer`` instead of ``MoELayer``, and experts that are separate
-    modules (``SequentialMLP``).  A few options need the ids or positions of tokens, or the choices of all
-    ranks in a step (``simsmoe``, ``stablemoe``; ``topk`` with ``expert_bias``, ``jitter_eps`` or another
-    ``aux_loss``).  A :class:`RouterSteps` provides these; without it, a warning says so.
+    If the router depends on the step, create a ``RouterSteps`` for the model.  Alternatively, set
+    ``layer.mlp.router.clock.step`` to the number of completed steps before each step.  A warning tells you
+    if the router needs more than the step, and therefore a ``RouterSteps``.
 
-    The router computes its weights in each forward pass, so they are never stale.  If it depends on the
-    step (schedules), make a :class:`RouterSteps` for the model, or set ``layer.mlp.router.clock.step``
-    before each step.  It is the number of completed steps, and stays 0 if you do not set it.
+    ``competesmoe`` and ``simsmoe`` run the experts themselves.  Use ``RoutedMoELayer`` from
+    ``megatron_hyperrouter.engines.megatron.routed`` instead of ``MoELayer``, and experts that are separate
+    modules (``SequentialMLP``).
 
-    Raises ConfigError, which lists every problem at once: for an unknown router here, for the rest when a
-    layer is built.
+    Args:
+        name: name of the router, such as ``"hyper"``; ``ROUTERS`` has all names.
+        seed: random seed.
+        facts: number of layers, steps and token ids, needed by ``competesmoe`` and ``stablemoe``; by default
+            only the model's number of layers.
+        **options: the options of the router, as for ``build_router``.
+
+    Raises:
+        ConfigError: the router is unknown.  If an option or a setting of the model is wrong, the function
+            that is returned raises ConfigError when megatron-core builds a layer.
     """
     router_class(name)
 

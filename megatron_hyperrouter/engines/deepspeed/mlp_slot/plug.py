@@ -30,37 +30,42 @@ def plug_into_deepspeed(
     facts: RunFacts | None = None,
     **options: Any,
 ) -> Router:
-    """Replace the gate of ``moe`` by the router ``name``; returns the router.
+    """Replace the gate of a DeepSpeed MoE layer with a router, and return the router.
 
-    ``moe`` is a ``deepspeed.moe.layer.MoE`` with experts of any kind.  Call this before
-    ``deepspeed.initialize``, which gives the router's parameters to the optimizer.  It may be before or
-    after ``set_deepspeed_parallelism``. Without an optimizer, you can call it at any time.
+    Call this function before ``deepspeed.initialize``, because ``deepspeed.initialize`` passes the router's
+    parameters to the optimizer.  You can call it before or after ``set_deepspeed_parallelism``.  Without an
+    optimizer, you can call it at any time.
 
-    - ``layer_number`` (from 1): give each layer of a model a different number.  Routers with the same seed
-      and number start with the same weights.
-    - ``topk``: k, or a function from completed optimizer steps to k; by default the old gate's k.  If k or
-      the router depends on the step, make a :class:`RouterSteps` for the model, or set
-      ``moe.deepspeed_moe.gate.clock.step`` before each step.  It is the number of completed steps, and
-      stays 0 if you do not set it.
-    - ``aux_loss_coeff``, ``z_loss_coeff``: the second value that ``moe`` returns is the sum of the
-      router's losses, each multiplied by its coefficient.  By default it is the Switch loss, which is 1
-      when the load is even, as for the old gate at k = 1.  If your model multiplies it by a coefficient,
-      that still works.
-    - ``facts``: layers, steps and vocabulary of the model's run, for routers that depend on them
-      (``competesmoe``, ``stablemoe``).
-    - ``options``: fields of the router's ``Config``.  A few options need the ids or positions of tokens,
-      or the choices of all ranks in a step (``simsmoe``, ``stablemoe``; ``topk`` with ``expert_bias``,
-      ``jitter_eps`` or another ``aux_loss``).  A :class:`RouterSteps` provides these; without it, a
-      warning says so.
-    - ``competesmoe`` needs the same number of tokens on each rank of the expert-parallel group.
+    If k or the router depends on the step, create a ``RouterSteps`` for the model.  Alternatively, set
+    ``moe.deepspeed_moe.gate.clock.step`` to the number of completed steps before each step.  A warning tells
+    you if the router needs more than the step, and therefore a ``RouterSteps``.
 
-    Hidden size, experts, process group, device, dtype, ``drop_tokens``, both capacity factors and
-    ``min_capacity`` are those of the old gate.  Over capacity, an expert keeps the tokens with the largest
-    weights.  The old gate's noise, random token selection and sampling of second experts are removed.  The
-    router computes its weights in each forward pass, so they are never stale.
+    From the old gate, the router takes the hidden size, the experts, the process group, device and dtype,
+    ``drop_tokens``, both capacity factors and ``min_capacity``.  If an expert gets more tokens than its
+    capacity, it keeps the tokens with the largest weights.  The old gate's noise, random token selection
+    and sampling of second experts are removed.  ``competesmoe`` needs the same number of tokens on each
+    rank of the expert-parallel group.
 
-    Raises TypeError and ValueError for a layer whose gate cannot be replaced, and ConfigError for an
-    unknown router or wrong options.
+    Args:
+        moe: the layer, with experts of any kind.
+        name: name of the router, such as ``"hyper"``; ``ROUTERS`` has all names.
+        seed: random seed.
+        layer_number: number of the layer, counted from 1.  Give each layer of a model a different number:
+            routers with the same seed and number start with the same weights.
+        topk: k, or a function that returns k for a number of completed optimizer steps; by default the k of
+            the old gate.
+        aux_loss_coeff: coefficient of the load-balancing loss.  The second value that ``moe`` returns is the
+            sum of the router's losses, each multiplied by its coefficient.  By default, this is the loss of
+            Switch Transformers.  It is 1 if the load is even, like the old gate's loss at k = 1, so a model
+            that multiplies it by a coefficient still works.
+        z_loss_coeff: coefficient of the z loss, which keeps logits small.
+        facts: number of layers, steps and token ids, needed by ``competesmoe`` and ``stablemoe``.
+        **options: the options of the router, as for ``build_router``.
+
+    Raises:
+        TypeError: ``moe`` is not a DeepSpeed MoE layer, or its gate is not DeepSpeed's ``TopKGate``.
+        ValueError: the gate cannot be replaced, for example because ``deepspeed.initialize`` came first.
+        ConfigError: the router or an option is unknown, or a value is out of range.
     """
     old = _gate_of(moe)
     if layer_number < 1:
@@ -85,17 +90,7 @@ def plug_into_deepspeed(
     _refuse_too_late(old, router)
     for lost in router.config.unserved():
         warnings.warn(lost, stacklevel=2)
-    gate = RouterGate(
-        router,
-        capacity_factor=old.capacity_factor if old.drop_tokens else None,
-        eval_capacity_factor=old.eval_capacity_factor if old.drop_tokens else None,
-        min_capacity=old.min_capacity,
-        capacity_multiple=_tensor_ranks,
-    )
-    gate.train(old.training)
-    if old.ep_group is not None:  # set_deepspeed_parallelism() was there already
-        gate._set_ep_group(old.ep_group)
-    moe.deepspeed_moe.gate = gate
+    moe.deepspeed_moe.gate = _replacement(old, router)
     consult_experts(moe.deepspeed_moe)
     return router
 
@@ -120,6 +115,21 @@ def _gate_of(moe: nn.Module) -> TopKGate:
         )
     if moe.deepspeed_moe.use_tutel:
         raise ValueError("this MoE layer uses Tutel, which is not supported; build it with use_tutel=False")
+    return gate
+
+
+def _replacement(old: TopKGate, router: Router) -> RouterGate:
+    """A gate with this router, and with the capacity, mode and process group of the old gate."""
+    gate = RouterGate(
+        router,
+        capacity_factor=old.capacity_factor if old.drop_tokens else None,
+        eval_capacity_factor=old.eval_capacity_factor if old.drop_tokens else None,
+        min_capacity=old.min_capacity,
+        capacity_multiple=_tensor_ranks,
+    )
+    gate.train(old.training)
+    if old.ep_group is not None:  # set_deepspeed_parallelism() was there already
+        gate._set_ep_group(old.ep_group)
     return gate
 
 
