@@ -87,7 +87,9 @@ def with_tokenizer(
         else:
             around = places(value, origin, folder.absolute().parent.parent)
             paths[name] = next((place for place in around if Path(place).exists()), value)
-    if given is not None:
+    if given is not None and not paths:
+        console.warn(f"--tokenizer-model is ignored: {settings.data.tokenizer_type} needs no file")
+    elif given is not None:
         paths["tokenizer_model"] = given
     return replace(settings, data=replace(settings.data, **paths))
 

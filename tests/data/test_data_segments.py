@@ -5,6 +5,7 @@ megatron-core's order.
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -287,6 +288,30 @@ def test_a_schedule_switches_at_its_steps_and_comes_back(files: dict[str, str]) 
             made[i].tolist() for i in range(step * 2, 28)
         ]
         assert again.ledger(14) == made.ledger(14)
+
+
+def test_another_mix_is_reported(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = (files["a"],)
+    ledger = course_of(builder(words), ((0, words),), [], step=0, train_iters=5, batch=2).ledger(3)
+    for ending in (".bin", ".idx"):
+        shutil.copy2(files["a"] + ending, tmp_path / f"moved{ending}")
+    both = ("0.5", files["a"], "0.5", files["b"])
+    for now, told in (
+        (words, False),
+        ((str(tmp_path / "moved"),), False),  # the same text under another name
+        ((files["b"],), True),
+        (both, True),
+    ):
+        capsys.readouterr()
+        course_of(builder(now), ((0, now),), ledger, step=3, train_iters=5, batch=2)
+        said = f"--data-path was {files['a']} in the checkpoint and is now {' '.join(now)}: the run continues"
+        assert (said in capsys.readouterr().out) == told
+    scheduled = ((0, words), (3, both))
+    capsys.readouterr()
+    course_of(builder(words), scheduled, ledger, step=3, train_iters=5, batch=2)
+    assert "--data-path was" not in capsys.readouterr().out
 
 
 def test_another_part_of_a_file_is_refused(files: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ from fakes import Alone, FakeEngine
 from megatron_hyperrouter.checkpoint.description import describe
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders, read_manifest
 from megatron_hyperrouter.config.cli import parse
-from megatron_hyperrouter.config.tree import DataConfig
+from megatron_hyperrouter.config.tree import DataConfig, RunConfig
 from megatron_hyperrouter.data.store.token_files import IndexedDataset, IndexedWriter
 from megatron_hyperrouter.data.stream.file_identity import identity
 from megatron_hyperrouter.data.tokenize.bpe import train_bpe
@@ -21,7 +21,7 @@ from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
 from megatron_hyperrouter.errors import CheckpointError, ConfigError
 from megatron_hyperrouter.evaluate.saved_settings import settings_of
 from megatron_hyperrouter.evaluate.trained import TrainedRun
-from megatron_hyperrouter.evaluate.whereabouts import are_own
+from megatron_hyperrouter.evaluate.whereabouts import are_own, with_tokenizer
 from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.train.resuming.run_meta import run_meta
 
@@ -135,6 +135,19 @@ def test_another_tokenizer_is_refused(home: Path) -> None:
         TrainedRun.open(home / "run", tokenizer_model=str(home / "other.json")).tokenizer()
     shutil.copy(home / "tok.json", home / "same.json")
     TrainedRun.open(home / "run", tokenizer_model=str(home / "same.json")).tokenizer()
+
+
+def test_a_tokenizer_that_the_run_does_not_read_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = RunConfig(data=DataConfig(tokenizer_type="ByteTokenizer"))
+    for given, told in (
+        (None, ""),
+        ("tok.json", "--tokenizer-model is ignored: ByteTokenizer needs no file"),
+    ):
+        found = with_tokenizer(settings, tmp_path, {"meta": {}}, given)
+        assert found == settings
+        assert told in capsys.readouterr().err
 
 
 def test_the_checkpoint_lists_what_it_carries(home: Path) -> None:
