@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from encode_settings import settings
 
 from megatron_hyperrouter.data.store import manifest
 from megatron_hyperrouter.data.store.token_files import IndexedWriter
+from megatron_hyperrouter.data.tokenize.bpe import train_bpe
 from megatron_hyperrouter.data.tokenize.describe import describe
+from megatron_hyperrouter.data.tokenize.preprocess import preprocess
 from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
 from megatron_hyperrouter.errors import DataError
 
@@ -66,6 +69,17 @@ def test_a_tokenizer_of_other_data(prefix: str) -> None:
         DataError, match=r"p\.bin: token id 256 is outside the tokenizer's vocabulary of 100 ids"
     ):
         describe(prefix, tokenizer=build_tokenizer("NullTokenizer", vocab_size=99))
+
+
+def test_a_tokenizer_that_did_not_make_the_data(tmp_path: Path) -> None:
+    """The manifest knows it, whether or not the files are compared with it."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n')
+    preprocess([str(tmp_path / "a.jsonl")], str(tmp_path / "a"), settings("ByteTokenizer", None, ("text",)))
+    train_bpe(iter(["one two"]), 300, str(tmp_path / "tokenizer.json"))
+    other = build_tokenizer("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"))
+    for verify in (False, True):
+        with pytest.raises(DataError, match="were made with the tokenizer ByteTokenizer and 257 ids, "):
+            describe(str(tmp_path / "a_text_document"), tokenizer=other, verify=verify)
 
 
 def test_missing_files(tmp_path: Path) -> None:

@@ -103,11 +103,9 @@ def test_bad_rows_and_columns(tmp_path: Path) -> None:
         DataError, match=r"a\.parquet: there is no column 'text' \(columns present: 'body', 'n'\)"
     ):
         found(table(tmp_path / "a.parquet", TEXTS, name="body"))
-    with pytest.raises(
-        DataError, match=r"b\.parquet, row 9: the value of 'text' must be a string, not a NoneType"
-    ):
+    with pytest.raises(DataError, match=r"b\.parquet, row 9: the value of 'text' must be a string, not null"):
         found(table(tmp_path / "b.parquet", [*TEXTS[:8], None]))
-    with pytest.raises(DataError, match=r"c\.parquet, row 1: the value of 'n' must be a string, not a int"):
+    with pytest.raises(DataError, match=r"c\.parquet, row 1: the value of 'n' must be .* not a number"):
         found(table(tmp_path / "c.parquet", TEXTS), ("n",))
     with pytest.raises(DataError, match=r"d\.parquet, row 2, byte 3: the text is not UTF-8"):
         found(table(tmp_path / "d.parquet", [b"fine", b"caf\xe9"], arrow.binary()))

@@ -238,7 +238,7 @@ def test_bad_input_leaves_what_was_there(tmp_path: Path, bad: str) -> None:
 def test_an_error_in_a_worker_is_the_same_error(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "a"}\n' * 50 + b'{"text": 1}\n' + b'{"text": "a"}\n' * 50)
     with pytest.raises(
-        DataError, match=r"bad\.jsonl, line 51: the value of 'text' must be a string, not a int"
+        DataError, match=r"bad\.jsonl, line 51: the value of 'text' must be a string, not a number"
     ) as caught:
         preprocess.preprocess(
             [str(tmp_path / "bad.jsonl")], str(tmp_path / "p"), settings("ByteTokenizer"), workers=2

@@ -230,6 +230,21 @@ def test_bad_input_is_one_message_and_leaves_nothing(tmp_path: Path, bad: str) -
 
 
 @pytest.mark.processes
+def test_flags_of_megatrons_tool_that_change_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(lines(5))
+    theirs = ("--log_interval", 1000, "--dataset-impl", "mmap")
+    common = ("--input", "a.jsonl", "--tokenizer-type", "ByteTokenizer", "--output-prefix")
+    for prefix, more in (("p", ()), ("q", theirs)):
+        status, _, err = run("preprocess_data", *common, prefix, *more, cwd=tmp_path)
+        assert status == 0, err
+    for ending in (".bin", ".idx"):
+        ours = (tmp_path / f"p_text_document{ending}").read_bytes()
+        assert (tmp_path / f"q_text_document{ending}").read_bytes() == ours
+    status, _, err = run("preprocess_data", *common, "r", "--dataset-impl", "lazy", cwd=tmp_path)
+    assert status == 2 and "--dataset-impl = lazy: must be one of mmap" in err
+
+
+@pytest.mark.processes
 def test_three_machines_and_a_merge(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines(500))
     arrow = pytest.importorskip("pyarrow")

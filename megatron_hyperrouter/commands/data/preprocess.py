@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
 
 from megatron_hyperrouter.commands.data.tokenizer_flags import add_tokenizer_flags, tokenizer_options
@@ -137,6 +137,9 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         metavar="S",
         help=f"seconds between saves of the progress (default: {SAVE_SECONDS:g})",
     )
+    # Flags of Megatron-LM's tool that do not change what it writes.
+    flags.add_argument("--log-interval", type=int, help=SUPPRESS)
+    flags.add_argument("--dataset-impl", choices=("mmap",), help=SUPPRESS)
     return flags.parse_args(arguments)
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from megatron_hyperrouter.data.text.inputs import (
     BOM,
@@ -404,6 +405,18 @@ def _parse(line: str, where: _Where, keys: Sequence[str]) -> tuple[list[str], ..
     return tuple(_sequences(record[key], key, where) for key in keys)
 
 
+_JSON_KINDS: Mapping[type, str] = MappingProxyType(
+    {
+        type(None): "null",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
+)
+
+
 def _sequences(value: object, key: str, where: _Where) -> list[str]:
     sequences: list[str] = []
     for text in value if isinstance(value, list) else [value]:
@@ -411,9 +424,9 @@ def _sequences(value: object, key: str, where: _Where) -> list[str]:
             where.byte = 0
             text = _utf8(text, where)
         if not isinstance(text, str):
-            kind = type(text).__name__
+            kind = _JSON_KINDS.get(type(text), f"a value of type {type(text).__name__}")
             raise BadLine(
-                f"{where}: the value of {key!r} must be a string, not a {kind}",
+                f"{where}: the value of {key!r} must be a string, not {kind}",
                 remedy="give a key that has text with --json-keys KEY",
             )
         try:

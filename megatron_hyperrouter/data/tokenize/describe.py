@@ -11,6 +11,7 @@ from megatron_hyperrouter.data.store.manifest import (
     compare,
     described,
     file_sum,
+    manifest_of,
     read_manifest,
     same_tokenizer,
 )
@@ -71,13 +72,14 @@ def describe(
         }
         compare(prefix, manifest, counts, {})
         found["manifest"] = "verified: counts, sizes and checksums match the files"
-        if tokenizer is not None and not same_tokenizer(manifest.tokenizer, tokenizer.identity()):
+    if tokenizer is not None:
+        known = manifest or manifest_of(prefix)  # the ids of another tokenizer would give a wrong text
+        if known is not None and not same_tokenizer(known.tokenizer, tokenizer.identity()):
             message = (
-                f"{prefix}: the data were made with the tokenizer {described(manifest.tokenizer)}, "
+                f"{prefix}: the data were made with the tokenizer {described(known.tokenizer)}, "
                 f"not with {described(tokenizer.identity())}"
             )
             raise DataError(message, remedy="use the tokenizer that made the data")
-    if tokenizer is not None:
         highest = int(first.max()) if first.size else 0
         if highest >= tokenizer.vocab_size:
             message = (
