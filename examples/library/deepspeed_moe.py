@@ -1,7 +1,9 @@
-"""A model of your own with DeepSpeed's MoE layers, routed by HyperRouter; any number of ranks, each holds its
-share of the experts.
+"""Use HyperRouter in the MoE layers of your own DeepSpeed model.
 
-python examples/library/deepspeed_moe.py     or     deepspeed --num_gpus 2 examples/library/deepspeed_moe.py
+This example runs on any number of ranks. The ranks divide the experts among themselves.
+
+python examples/library/deepspeed_moe.py                    # one rank
+deepspeed --num_gpus 2 examples/library/deepspeed_moe.py    # two ranks
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ STEPS, VOCABULARY, WIDTH, EXPERTS = 60, 50, 32, 4
 
 
 class Model(nn.Module):
-    """Predicts the successor of a token."""
+    """Predicts the next token from one token."""
 
     def __init__(self, ep_size: int) -> None:
         super().__init__()
@@ -29,8 +31,9 @@ class Model(nn.Module):
         for number in (1, 2):
             expert = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH))
             moe = MoE(WIDTH, expert, num_experts=EXPERTS, ep_size=ep_size, drop_tokens=False)
-            # The one line that is new.  k grows from 1 to 2; without `topk` it would be the k of the MoE
-            # layer.
+            # This call is the only change to a model that uses DeepSpeed's MoE. It replaces the router of
+            # the layer. `topk` makes k, the number of active experts per token, grow from 1 to 2. Without
+            # `topk`, the router uses the k of the MoE layer.
             plug_into_deepspeed(
                 moe, "hyper", seed=1234, layer_number=number, topk=lambda step: 1 if step < STEPS // 2 else 2
             )
@@ -46,9 +49,9 @@ class Model(nn.Module):
 
 
 def main() -> None:
-    """Train, and print a loss that falls from ln 50 = 3.9."""
-    single_rank_without_launcher()  # plain `python` is one rank of one
-    skip_shm_build()  # on a CPU, start without DeepSpeed's compiler
+    """Train, and print the loss. It starts at about ln 50 = 3.9, the loss of random guesses, and falls."""
+    single_rank_without_launcher()  # with plain `python`, this process is the only rank
+    skip_shm_build()  # on a CPU, DeepSpeed would compile an extension at the start, which needs a compiler
     deepspeed.init_distributed(backend(), verbose=False)
     torch.manual_seed(0)
     model = Model(ep_size=min(torch.distributed.get_world_size(), EXPERTS))
@@ -62,13 +65,13 @@ def main() -> None:
     torch.manual_seed(torch.distributed.get_rank())
     steps = RouterSteps(engine.module, batch_first=True)
     for step in range(STEPS):
-        steps.begin(step)  # k follows the completed steps
+        steps.begin(step)  # tells the routers how many steps are completed; k depends on this number
         tokens = torch.randint(VOCABULARY, (8, 16), device=engine.device)
         logits, balance = engine(tokens)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), (7 * tokens + 3).flatten() % VOCABULARY)
         engine.backward(loss + 0.01 * balance)
         engine.step()
-        chosen = steps.end()
+        chosen = steps.end()  # statistics of the step: one value for each layer
         if torch.distributed.get_rank() == 0 and (step + 1) % 10 == 0:
             fullest = max(chosen["load_max_over_mean"])
             print(

@@ -1,8 +1,9 @@
-"""A megatron-core GPT of your own whose experts are routed by HyperRouter; any number of ranks, each
-holds its share of the experts.
+"""Use HyperRouter in your own megatron-core GPT.
 
-python examples/library/megatron_core.py     or     torchrun --nproc-per-node 2
-examples/library/megatron_core.py
+This example runs on any number of ranks. The ranks divide the experts among themselves.
+
+python examples/library/megatron_core.py                          # one rank
+torchrun --nproc-per-node 2 examples/library/megatron_core.py     # two ranks
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from megatron_hyperrouter.compat.megatron import install
 from megatron_hyperrouter.compat.specs import submodules_of
 from megatron_hyperrouter.engines.world import backend, device, single_rank_without_launcher
 
-# lets megatron-core train on a CPU, and without Transformer Engine; changes nothing where that is
-# needless
+# Lets megatron-core train on a CPU, and without Transformer Engine. This call applies only the patches that
+# this machine needs. Call it before you import and build the model.
 install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
@@ -47,7 +48,7 @@ def build_model() -> DistributedDataParallel:
         gradient_accumulation_fusion=False, finalize_model_grads_func=finalize_model_grads,
     )  # fmt: skip
     spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False, normalization="LayerNorm")
-    # the one line that is new
+    # This assignment is the only change to a megatron-core GPT: it replaces the router of each MoE layer.
     submodules_of(spec.submodules.mlp).router = megatron_router_builder("hyper", seed=1234)
     model = GPTModel(
         config, spec, vocab_size=VOCABULARY, max_sequence_length=SEQUENCE, position_embedding_type="rope"
@@ -56,7 +57,9 @@ def build_model() -> DistributedDataParallel:
 
 
 def forward_step(data: Any, model: DistributedDataParallel) -> tuple[torch.Tensor, Any]:
-    """What megatron-core's schedule asks for: the output, and what makes a loss of it."""
+    """Return what megatron-core's schedule needs: the output of the model, and the function that computes
+    the loss from this output.
+    """
     tokens = next(data)
     labels, positions = (
         (7 * tokens + 3) % VOCABULARY,
@@ -69,8 +72,8 @@ def forward_step(data: Any, model: DistributedDataParallel) -> tuple[torch.Tenso
 
 
 def main() -> None:
-    """Train, and print a loss that falls from ln 48 = 3.9."""
-    single_rank_without_launcher()  # plain `python` is one rank of one
+    """Train, and print the loss. It starts at about ln 48 = 3.9, the loss of random guesses, and falls."""
+    single_rank_without_launcher()  # with plain `python`, this process is the only rank
     torch.distributed.init_process_group(backend())
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=min(torch.distributed.get_world_size(), EXPERTS)
@@ -84,14 +87,14 @@ def main() -> None:
     for step in range(1, STEPS + 1):
         model.zero_grad_buffer()
         optimizer.zero_grad()
-        told = get_forward_backward_func()(
+        losses = get_forward_backward_func()(
             forward_step_func=forward_step, data_iterator=iter([torch.randint(VOCABULARY, (8, SEQUENCE),
             device=device())]), model=model,
             num_microbatches=1, seq_length=SEQUENCE, micro_batch_size=8, forward_only=False,
         )  # fmt: skip
         optimizer.step()
         if torch.distributed.get_rank() == 0 and step % 10 == 0:
-            print(f"step {step}: loss {told[0]['loss']:.4f}", flush=True)
+            print(f"step {step}: loss {losses[0]['loss']:.4f}", flush=True)
     torch.distributed.destroy_process_group()
 
 

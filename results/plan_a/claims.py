@@ -1,4 +1,4 @@
-"""The claims F1 to F7 of results/README.md, judged by the runs of plan A, and tables of these runs.
+"""Judge the claims F1 to F7 of results/README.md by the runs of plan A, and make tables of these runs.
 
 python results/plan_a/claims.py runs/plan_a          # prints Markdown
 """
@@ -18,7 +18,7 @@ from megatron_hyperrouter.analysis.intervals import mean_and_half
 Run = Mapping[str, Any]  # results.json of one run
 Runs = Mapping[str, Mapping[int, Run]]  # label -> seed -> run
 KS = (1, 2, 4, 8, 16)
-PAIRS = (  # of A1, as in the pilot
+PAIRS = (  # the differences in the table of A1
     ("hyper", "smoe_dropout"),
     ("matched", "smoe_dropout"),
     ("hyper", "matched"),
@@ -26,7 +26,7 @@ PAIRS = (  # of A1, as in the pilot
     ("topk", "matched"),
     ("topk", "hyper"),
 )
-WATCHED_FROM = 40  # steps: twice the warm-up
+WATCHED_FROM = 40  # the alarms watch a run from this step on: twice the warm-up of the learning rate
 
 
 class Interval(NamedTuple):
@@ -41,12 +41,12 @@ class Interval(NamedTuple):
 
     @property
     def low(self) -> float:
-        """Its lower end."""
+        """The lower end of the interval."""
         return self.mean - self.half
 
     @property
     def high(self) -> float:
-        """Its upper end."""
+        """The upper end of the interval."""
         return self.mean + self.half
 
 
@@ -59,24 +59,24 @@ class Claim(NamedTuple):
 
 
 def interval(values: list[float]) -> Interval:
-    """Of one value for each seed; a single one is as wide as can be."""
+    """The mean and interval of one value per seed. With a single seed, the interval is infinitely wide."""
     mean, half = mean_and_half(values)
     return Interval(mean, math.inf if half is None else half, len(values))
 
 
 def difference(runs: Runs, left: str, right: str, value: Callable[[Run], float]) -> Interval:
-    """LEFT minus RIGHT, paired by seed."""
+    """The value of ``left`` minus the value of ``right``, paired by seed."""
     seeds = sorted(set(runs[left]) & set(runs[right]))
     return interval([value(runs[left][seed]) - value(runs[right][seed]) for seed in seeds])
 
 
 def bits(topk: int) -> Callable[[Run], float]:
-    """Bits per byte with ``topk`` experts."""
+    """A function that returns a run's bits per byte with ``topk`` active experts."""
     return lambda run: next(float(row["bits_per_byte"]) for row in run["results"] if row["topk"] == topk)
 
 
 def layers(*names: str) -> Callable[[Run], float]:
-    """The mean over layers of a measure on test data, at the k that training ended on."""
+    """A function that returns a measure of a run: the mean over the layers, on test data, at the final k."""
 
     def value(run: Run) -> float:
         found = []
@@ -90,12 +90,12 @@ def layers(*names: str) -> Callable[[Run], float]:
 
 
 def verdict(supported: bool, refuted: bool) -> str:
-    """Neither: the intervals are too wide."""
+    """The verdict as a word. If the intervals are too wide, a claim is neither supported nor refuted."""
     return "supported" if supported else "refuted" if refuted else "not decided"
 
 
 def of_a1(runs: Runs) -> Iterator[Claim]:
-    """F1 to F4 and F7."""
+    """Judge the claims F1 to F4 and F7 by the runs of A1."""
     few, full = (difference(runs, "hyper", "matched", bits(k)) for k in (1, 16))
     yield Claim(
         "F1: HyperRouter is better with few experts", verdict(few.high < 0, few.low > 0), f"{few} (k = 1)"
@@ -105,13 +105,13 @@ def of_a1(runs: Runs) -> Iterator[Claim]:
         verdict(full.high <= 0.01, full.low > 0.01),
         f"{full} (k = 16)",
     )
-    entropy, told = (
+    entropy, mutual = (
         difference(runs, "hyper", "matched", layers(name)) for name in ("entropy", "mutual_information")
     )
     yield Claim(
         "F3: HyperRouter has lower entropy and higher mutual information",
-        verdict(entropy.high < 0 < told.low, entropy.low > 0 or told.high < 0),
-        f"entropy {entropy}, mutual information {told} nats",
+        verdict(entropy.high < 0 < mutual.low, entropy.low > 0 or mutual.high < 0),
+        f"entropy {entropy}, mutual information {mutual} nats",
     )
     rank = difference(runs, "hyper", "matched", layers("jacobian", "effective_rank"))
     drift = interval([layers("jacobian", "drift")(run) for run in runs["hyper"].values()])
@@ -132,7 +132,7 @@ def of_a1(runs: Runs) -> Iterator[Claim]:
 
 
 def of_a3(runs: Runs) -> Iterator[Claim]:
-    """F5, for each of the two methods."""
+    """Judge the claim F5 by the runs of A3, for each of the two methods."""
     for label in ("competesmoe", "simsmoe"):
         alike = difference(runs, label, "topk_aux", layers("mean_similarity"))
         loss = difference(runs, label, "topk_aux", bits(2))
@@ -144,7 +144,7 @@ def of_a3(runs: Runs) -> Iterator[Claim]:
 
 
 def of_a4(runs: Runs) -> Iterator[Claim]:
-    """F6."""
+    """Judge the claim F6 by the runs of A4."""
     found = difference(
         runs,
         "hyper",
@@ -159,7 +159,7 @@ def of_a4(runs: Runs) -> Iterator[Claim]:
 
 
 def differences(runs: Runs) -> Iterator[str]:
-    """A table of paired differences at each k."""
+    """The lines of a table with the paired differences at each k."""
     yield "| bits per byte | " + " | ".join(f"k = {k}" for k in KS) + " |"
     yield "|---" * (len(KS) + 1) + "|"
     for left, right in PAIRS:
@@ -168,7 +168,7 @@ def differences(runs: Runs) -> Iterator[str]:
 
 
 def trials(runs: Runs) -> Iterator[str]:
-    """What was tried to make HyperRouter's router move (A1b, A1c): a row for each."""
+    """The lines of a table with the variants of HyperRouter in A1b, A1c or A1d: one row for each router."""
     asked = (("hyper", 1), ("topk", 1), ("topk", 16), ("matched", 1), ("matched", 16))
     against = [(other, k) for other, k in asked if other in runs]
     heads = ["router", "drift", "logit std", *(f"minus `{other}`, k = {k}" for other, k in against)]
@@ -184,11 +184,11 @@ def trials(runs: Runs) -> Iterator[str]:
 
 
 def alarms(folders: list[Path]) -> tuple[int, dict[str, int]]:
-    """Steps that were watched, and the number of alarms of each kind."""
+    """The number of steps that the alarms watched, and the number of alarms of each kind."""
     steps, found = 0, dict[str, int]()
     for folder in folders:
-        told = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        steps += max(int(told["steps"]) - WATCHED_FROM, 0)
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        steps += max(int(results["steps"]) - WATCHED_FROM, 0)
         for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines():
             event = json.loads(line)
             if event["event"] == "alarm" and event["alarm"] not in ("late_data", "slow_rank"):
@@ -197,7 +197,9 @@ def alarms(folders: list[Path]) -> tuple[int, dict[str, int]]:
 
 
 def upper_bound(count: int, steps: int) -> float:
-    """The exact 95 % upper bound of a rate per step (Poisson), by bisection."""
+    """The exact 95 % upper bound of the rate of alarms per step. The number of alarms has a Poisson
+    distribution; bisection finds the bound.
+    """
     low, high = 0.0, 10.0 * (count + 3)
     for _ in range(100):
         middle = (low + high) / 2
@@ -207,7 +209,7 @@ def upper_bound(count: int, steps: int) -> float:
 
 
 def read(folder: Path) -> Runs:
-    """Finished runs: those of a comparison, or fine-tunings side by side."""
+    """The finished runs in the folder of a block: those of mhr compare, or those of mhr finetune."""
     runs: dict[str, dict[int, Run]] = {}
     for path in sorted([*folder.glob("runs/*/results.json"), *folder.glob("*-seed*/results.json")]):
         label, _, seed = path.parent.name.rpartition("-seed")
@@ -216,13 +218,15 @@ def read(folder: Path) -> Runs:
 
 
 def shared(runs: Runs) -> Runs:
-    """The runs with the seeds that every router has: a block links all runs that it takes from A1."""
+    """Only the runs of seeds that all routers have. repeat.sh links all seeds of A1 into a block, but the
+    other routers of the block may have fewer seeds.
+    """
     seeds = set.intersection(*map(set, runs.values())) if runs else set()
     return {label: {seed: by_seed[seed] for seed in sorted(seeds)} for label, by_seed in runs.items()}
 
 
 def main() -> None:
-    """The table, and the alarms."""
+    """Print the table of verdicts, the tables of the blocks, and the number of alarms."""
     root = Path(sys.argv[1])
     lines = ["| claim | verdict | numbers, mean ± half of the 95 % interval |", "|---|---|---|"]
     for block, judge, left_out in (

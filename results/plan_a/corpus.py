@@ -1,6 +1,8 @@
-"""The two texts of plan A from the unpacked packages: HTML and gzipped manuals to JSON lines.
+"""Extract the two texts of plan A from the unpacked packages, and write them as JSON lines.
 
 python results/plan_a/corpus.py FOLDER OUTPUT
+
+The essay (anarchism) is in HTML pages, and the manuals (linux-doc-6.1) are in gzipped text files.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ SKIPPED = {"script", "style", "head"}
 
 
 class Text(HTMLParser):
-    """The words of a page."""
+    """Collects the text of an HTML page, without scripts, styles and the head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,23 +27,23 @@ class Text(HTMLParser):
         self._inside: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """What is skipped begins."""
+        """Note the start of an element whose text is skipped."""
         if tag in SKIPPED:
             self._inside.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        """What is skipped ends."""
+        """Note the end of an element whose text is skipped."""
         if self._inside and self._inside[-1] == tag:
             self._inside.pop()
 
     def handle_data(self, data: str) -> None:
-        """Words between tags."""
+        """Keep text outside the skipped elements."""
         if not self._inside:
             self.parts.append(data)
 
 
 def words_of(page: str) -> str:
-    """The text of an HTML page, without runs of empty lines."""
+    """Return the text of an HTML page, with at most one empty line between paragraphs."""
     parser = Text()
     parser.feed(page)
     parser.close()
@@ -49,7 +51,9 @@ def words_of(page: str) -> str:
 
 
 def write(path: Path, documents: Iterable[str]) -> None:
-    """One JSON object a line; short documents are indexes and are left out."""
+    """Write one JSON object for each document. Documents of 500 characters or less are only tables of
+    contents, so they are left out.
+    """
     with path.open("w", encoding="utf-8") as file:
         for text in documents:
             if len(text) > 500:
@@ -57,12 +61,12 @@ def write(path: Path, documents: Iterable[str]) -> None:
 
 
 def main() -> None:
-    """Both texts, files in the order of their names."""
+    """Write both texts. The files of each text are read in the order of their names."""
     folder, output = Path(sys.argv[1]), Path(sys.argv[2])
     pages = sorted((folder / "anarchism").rglob("*.html"))
     manuals = sorted(folder.glob("linux-doc-6.1/**/*.rst.gz"))
     if not pages or not manuals:
-        sys.exit(f"{folder} does not hold the unpacked packages anarchism and linux-doc-6.1")
+        sys.exit(f"{folder} does not contain the unpacked packages anarchism and linux-doc-6.1")
     write(output / "faq.jsonl", (words_of(page.read_text("utf-8", "replace")) for page in pages))
     write(
         output / "kernel.jsonl", (gzip.decompress(m.read_bytes()).decode("utf-8", "replace") for m in manuals)
