@@ -3,8 +3,8 @@
 #
 #   bash examples/cluster.sh HOSTFILE [flags of pretrain_gpt_hyperrouter.py] [-- flags of deepspeed, such as --exclude node7]
 #
-# HOSTFILE contains a line "name slots=8" for each node with 8 GPUs. Every node must have this folder under the same path, and in it
-# the environment that tools/setup_env.sh makes. After a failure, run the same command again: it continues from the last complete
+# HOSTFILE contains one line for each node, such as "node1 slots=8" for a node with 8 GPUs. Every node must have the project folder under
+# the same path, and in it the environment that tools/setup_env.sh makes. After a failure, run the same command again: it continues from the last complete
 # checkpoint in runs/cluster. If Ctrl-C or a signal stops the run, it saves and ends with exit status 6; the same command continues it.
 set -euo pipefail
 
@@ -111,7 +111,8 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   source "$(bash tools/setup_env.sh)/bin/activate"
 fi
 
-# The launcher passes only the environment variables in this file to the workers: those in ~/.deepspeed_env, and two more.
+# The launcher passes only the environment variables in this file to the workers. The file contains the variables of
+# ~/.deepspeed_env, and two more.
 # OMP_NUM_THREADS limits the threads of each rank. TORCH_NCCL_ASYNC_ERROR_HANDLING lets NCCL fail instead of hang if a rank is lost.
 mkdir -p runs/cluster
 {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Download the text of plan A and preprocess it to bytes. It comes from two Debian packages: an essay (anarchism) and the manuals of
-# the Linux kernel (linux-doc-6.1). The repository contains none of this text.
+# Download the text of plan A, and preprocess it to token files with one token for each byte. The text comes from two Debian packages:
+# an essay (anarchism) and the manuals of the Linux kernel (linux-doc-6.1). The repository contains none of this text.
 #
 # Versions and checksums are pinned, so every repetition reads the same bytes. If Debian no longer has a version, the script ends
 # with an error.
