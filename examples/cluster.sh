@@ -50,9 +50,10 @@ done <"$hostfile"
 
 # find the machines that remain after the launcher's flags --include and --exclude
 chosen=("${hosts[@]}")
-choice=''
+choice='' amount=''
 for ((i = 0; i < ${#launcher[@]}; i++)); do
   case ${launcher[i]} in
+    --num_nodes* | --num_gpus*) amount=${launcher[i]%%=*} && continue ;;
     --include=* | --exclude=*) flag=${launcher[i]%%=*} list=${launcher[i]#*=} ;;
     --include | --exclude | -i | -e) flag=${launcher[i]} list=${launcher[i + 1]:-} ;;
     *) continue ;;
@@ -81,6 +82,7 @@ for ((i = 0; i < ${#launcher[@]}; i++)); do
   [ ${#kept[@]} -gt 0 ] || fail "$choice leaves no machine of $hostfile" "exclude fewer machines"
   chosen=("${kept[@]}")
 done
+[ -z "$choice" ] || [ -z "$amount" ] || fail "$choice and $amount are both given" "keep one of the two"
 
 # The launcher reaches all machines with pdsh and ssh. With --launcher, or if there is only one machine, it only connects to the
 # first machine, to find its address.

@@ -82,6 +82,8 @@ def test_machines_that_ssh_does_not_reach(tmp_path: Path) -> None:
         (TWO, "--exclude node7", "--exclude node7: node7 is not in"),
         (TWO, "--include=node1@node8:0", "--include node1@node8:0: node8 is not in"),
         (TWO, "-e node1@node2@node3", "leaves no machine"),
+        (TWO, "--num_gpus 2 --include node1", "--include node1 and --num_gpus are both given"),
+        (TWO, "--exclude node2 --num_nodes=1", "--exclude node2 and --num_nodes are both given"),
         (
             TWO,
             "--include node1:9",
