@@ -109,6 +109,7 @@ def serve_cases(do: Callable[[dict[str, Any]], Any]) -> None:
     for number, case in enumerate(cases):
         child = os.fork()
         if child == 0:
+            torch.set_num_threads(1)  # makes this fork's pool before threads of autograd race to make it
             with world(str(number)):
                 told = do(case)
             if os.environ["RANK"] == "0":

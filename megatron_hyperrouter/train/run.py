@@ -358,7 +358,6 @@ class Run:
         )
         if proved is not None and proved < steps[-1]:
             back += f" (the checkpoint of step {steps[-1]} may have bad weights)"
-        return (
-            f"{back}, and try a lower --lr, more --lr-warmup-iters, a --clip-grad greater than 0, or "
-            "--on-bad-step skip"
-        )
+        clip = self.config.optimizer.clip_grad
+        clipping = f"a --clip-grad less than {clip:g}" if clip else "--clip-grad 1.0"
+        return f"{back}, and try a lower --lr, more --lr-warmup-iters, {clipping}, or --on-bad-step skip"
