@@ -34,6 +34,24 @@ def again(config: RunConfig) -> RunConfig:
     return change(config, "checkpoint", load=config.logging.run_dir)
 
 
+@pytest.mark.parametrize(("count", "first"), [("1", 6), ("0", 0), ("", 0)])
+def test_a_run_that_torchrun_restarts_continues_without_load(
+    config: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    count: str,
+    first: int,
+) -> None:
+    """``torchrun --max-restarts``: it repeats a command that has no ``--load``."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(Killed):  # before its first checkpoint, it starts
+        run(config, KillAt(8))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    capsys.readouterr()
+    assert run(config).steps_taken[0] == first
+    assert ("torchrun has restarted the ranks" in capsys.readouterr().out) == bool(first)
+
+
 class TestFinetune:
     """A run from another one's weights is a run like any other: its own command continues it."""
 

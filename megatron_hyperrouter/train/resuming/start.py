@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,11 +43,15 @@ class Start:
 def decide(config: RunConfig) -> Start:
     """What ``--load`` and ``--finetune`` mean for the current state of the run folder.
 
+    A run that torchrun restarts continues, with or without ``--load``: nobody has asked for a new one.
     CheckpointError if there is nothing to load.
     """
     load, own = config.checkpoint.load, _own_root(config)
     if load is None:
-        return Start()
+        if not _restarted() or not own.is_dir() or find(own) is None:
+            return Start()
+        load = config.logging.run_dir
+        console.note(f"torchrun has restarted the ranks: the run continues as with --load {load}")
     if config.checkpoint.finetune and (begun := _begun(load, own)) is not None:
         return begun
     folder = find(Path(load))
@@ -118,6 +123,12 @@ def _begun(load: str, own: Path) -> Start | None:
         return None
     same = load == begun_from or Path(load).resolve() == Path(begun_from).resolve()
     return Start(folder, manifest, finetuned_from=begun_from) if same or _is_own(load, own) else None
+
+
+def _restarted() -> bool:
+    """Whether torchrun has started this process again, after a rank had failed."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    return count.isdecimal() and int(count) > 0
 
 
 def _own_root(config: RunConfig) -> Path:
