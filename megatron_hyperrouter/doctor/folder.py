@@ -33,7 +33,8 @@ def examine_folder(
     ``names``: what each rank is called; ``checkpoint``: bytes of one; ``first_ranks``: one of each machine.
     """
     token = ranks.tell("folder/token", secrets.token_hex(4))
-    new = [each for each in (run_dir, *run_dir.parents) if not each.exists()] if ranks.rank == 0 else []
+    # lexists raises nothing: a name may be too long, or a folder closed to this user
+    new = [each for each in (run_dir, *run_dir.parents) if not os.path.lexists(each)]
     folder = run_dir / f".doctor-{token}"
     error = ""
     if ranks.rank == 0:
@@ -69,8 +70,8 @@ def _leave(folder: Path, new: Sequence[Path]) -> None:
     first.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):  # something else has put a file there
-        for each in new:
+    for each in new:
+        with contextlib.suppress(OSError):  # it was never made, or something else has put a file there
             each.rmdir()
 
 

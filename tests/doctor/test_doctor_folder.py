@@ -47,6 +47,12 @@ def test_a_disk_that_is_full_after_the_folder_is_made(
     assert tree(tmp_path) == []
 
 
+def test_a_name_that_is_too_long_is_a_finding(tmp_path: Path) -> None:
+    found = examined(tmp_path / "runs" / ("x" * 300))
+    assert found["run folder"].level == "fault" and "File name too long" in found["run folder"].text
+    assert tree(tmp_path) == []
+
+
 def test_a_file_that_another_program_puts_there_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

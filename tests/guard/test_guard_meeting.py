@@ -14,6 +14,7 @@ from torch.distributed import DistStoreError, HashStore
 from train.loop_runs import change
 
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
+from megatron_hyperrouter.commands.training import together as start_together
 from megatron_hyperrouter.commands.training.together import agree_on_settings, decide_together
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.errors import CheckpointError, ConfigError
@@ -101,6 +102,19 @@ def test_all_ranks_load_what_rank_0_sees(root: Path, monkeypatch: pytest.MonkeyP
             answer
         )
         assert "rank 1 on " in str(answer)
+
+
+@pytest.mark.parametrize("ranks_that_know", [{"rank 0", "rank 1", "rank 2"}, {"rank 2"}, set()])
+def test_a_restart_that_rank_0_does_not_know_of(
+    root: Path, monkeypatch: pytest.MonkeyPatch, ranks_that_know: set[str]
+) -> None:
+    """torchrun: a node whose own ranks have not failed counts no restart."""
+    monkeypatch.setattr(
+        start_together, "is_restarted", lambda: threading.current_thread().name in ranks_that_know
+    )
+    config = parse(["--data-path", "text", "--run-dir", str(root.parent)], routers=ROUTERS)
+    wanted = root / "step_0000004" if ranks_that_know else None
+    assert on_ranks(lambda meeting: decide_together(config, meeting).folder) == [wanted] * 3
 
 
 def test_what_rank_0_refuses_no_other_rank_waits_for(tmp_path: Path) -> None:

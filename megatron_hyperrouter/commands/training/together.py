@@ -14,7 +14,7 @@ from megatron_hyperrouter.guard.meeting import Meeting
 from megatron_hyperrouter.train.resuming.found_data import with_found_data
 from megatron_hyperrouter.train.resuming.kept_tokenizer import with_kept_tokenizer
 from megatron_hyperrouter.train.resuming.schedule import with_own_schedule
-from megatron_hyperrouter.train.resuming.start import Start, decide
+from megatron_hyperrouter.train.resuming.start import Start, decide, is_restarted
 from megatron_hyperrouter.train.resuming.together import follow_rank_0
 
 _PATIENCE = 60.0  # seconds until a file of one machine must be visible on all machines
@@ -39,7 +39,10 @@ def agree_on_settings(config: RunConfig, meeting: Meeting) -> None:
 
 def decide_together(config: RunConfig, meeting: Meeting) -> Start:
     """Rank 0 decides what is loaded; CheckpointError if another rank does not see that checkpoint."""
-    return follow_rank_0(lambda: decide(config), meeting)
+    # Each node counts only the restarts after a failure of its own ranks, so that of rank 0 may know of none.
+    restarted = is_restarted()
+    restarted |= bool(meeting.difference("restarts", {"restarted": restarted}))
+    return follow_rank_0(lambda: decide(config, restarted=restarted), meeting)
 
 
 def with_checkpoints_settings(config: RunConfig, start: Start) -> RunConfig:

@@ -40,15 +40,15 @@ class Start:
         return list(self.manifest["meta"].get("data", [])) if self.step else []
 
 
-def decide(config: RunConfig) -> Start:
+def decide(config: RunConfig, *, restarted: bool = False) -> Start:
     """What ``--load`` and ``--finetune`` mean for the current state of the run folder.
 
-    A run that torchrun restarts continues, with or without ``--load``: nobody has asked for a new one.
-    CheckpointError if there is nothing to load.
+    ``restarted``: torchrun has restarted the ranks.  The run then continues, with or without ``--load``:
+    nobody has asked for a new one.  CheckpointError if there is nothing to load.
     """
     load, own = config.checkpoint.load, _own_root(config)
     if load is None:
-        if not _restarted() or not own.is_dir() or find(own) is None:
+        if not restarted or not own.is_dir() or find(own) is None:
             return Start()
         load = config.logging.run_dir
         console.note(f"torchrun has restarted the ranks: the run continues as with --load {load}")
@@ -75,7 +75,7 @@ def begin(
     config: RunConfig, start: Start | None, description: Description | None
 ) -> tuple[Start, Description]:
     """What a run begins with and what its checkpoints say; decided here if it was not decided before."""
-    start = decide(config) if start is None else start
+    start = decide(config, restarted=is_restarted()) if start is None else start
     return start, description or describe(settings_again(config, start))
 
 
@@ -125,8 +125,8 @@ def _begun(load: str, own: Path) -> Start | None:
     return Start(folder, manifest, finetuned_from=begun_from) if same or _is_own(load, own) else None
 
 
-def _restarted() -> bool:
-    """Whether torchrun has started this process again, after a rank had failed."""
+def is_restarted() -> bool:
+    """Whether torchrun has started the ranks of this node again, after one of them had failed."""
     count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     return count.isdecimal() and int(count) > 0
 
