@@ -113,7 +113,7 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   source "$(bash tools/setup_env.sh)/bin/activate"
 fi
 
-# The launcher passes only the environment variables in this file to the workers. The file contains the variables of
+# The launcher passes only the environment variables in the file $DS_ENV_FILE to the workers. Here, this file contains the variables of
 # ~/.deepspeed_env, and two more.
 # OMP_NUM_THREADS limits the threads of each rank. TORCH_NCCL_ASYNC_ERROR_HANDLING lets NCCL fail instead of hang if a rank is lost.
 mkdir -p runs/cluster

@@ -15,7 +15,7 @@
 #   LAUNCHER=torchrun   start one task per node instead of one per rank
 #   DOCTOR=1            check the machines with mhr doctor first
 #   CONTAINER_IMAGE     run the ranks in this container image (Slurm with the pyxis plugin)
-#   MASTER_ADDR         address of the first node, if its name does not resolve to it
+#   MASTER_ADDR         address of the first node; needed if the name of this node does not resolve to the right address
 #SBATCH --job-name=hyperrouter
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
@@ -54,7 +54,7 @@ if [[ $given != *" --config"* ]]; then
   [ -n "${ENGINE:-}" ] || settings+=(--engine megatron)
   if [ "$gpus" -gt 0 ]; then
     settings+=(--config examples/cluster.yaml)
-  else # a model that a few cores can train, with experts on all ranks
+  else # a model that a few cores can train; with an even number of ranks, each pair of ranks shares its experts
     settings+=(--config examples/quickstart.yaml --expert-model-parallel-size "$((ranks * nodes % 2 == 0 ? 2 : 1))")
   fi
 fi
@@ -89,7 +89,8 @@ fi
 errors=$(mktemp)
 trap 'rm -f "$errors"' EXIT
 { "${start[@]}" pretrain_gpt_hyperrouter.py "${settings[@]}" "$@" 2>&1 >&3 | tee "$errors" >&2; } 3>&1 || status=$?
-# The launcher ends the other ranks and returns their status (143), or 1. If the first rank to end has refused to start, use its status.
+# If a rank fails, the launcher ends the other ranks and returns their status (143), or 1. If the rank that failed first had refused to
+# start, use the status of that rank.
 first=$(sed -n -E '/.*(Exited with exit code|exitcode *:) ([0-9]+).*/{s//\2/p;q}' "$errors")
 case $first in 2 | 3 | 5) status=$first ;; esac
 
