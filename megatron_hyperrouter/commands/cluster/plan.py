@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.planning.machine import Machine
 
 EPILOG = """\
-All other flags are settings of mhr train. Layout settings in --config are ignored, because the command
-tries all layouts. --engine limits the plan to one engine.
+All other flags are settings of mhr train. The command tries all layouts, so it refuses layout settings as
+flags and ignores them in --config. --engine limits the plan to one engine.
 
 All layouts have the same global batch size (default: --micro-batch-size x --gpus). For each layout the
 command also tries full recomputation, ZeRO stages, the distributed optimizer, interleaved pipeline stages
@@ -170,7 +170,8 @@ def settings_of(path: str, words: Sequence[str]) -> tuple[RunConfig, Sequence[st
     line, file = program_flags(words), read_yaml(path)
     layout = names_with(Role.LAYOUT)
     if named := [flag for flag in line.flags if flag.removeprefix("--").replace("-", "_") in layout]:
-        problem = Problem(named[0], "", "is set by this command", "leave it out")
+        rule = "is set by this command, which tries all layouts"
+        problem = Problem(named[0], "", rule, "leave it out")
         raise ConfigError([problem])
     chosen = line.flags.get("--engine")
     values = {name: value for name, value in file.values.items() if name not in layout}
