@@ -10,6 +10,7 @@ for ((i = 1; i <= $#; i++)); do
     --config=*) config=${!i#*=} ;;
   esac
 done
+config=${config/#\~\//${HOME:-}/} # a shell leaves --config=~/FILE as it is, and the program finds the file
 if [ -z "$run_dir" ] && [ -f "$config" ]; then
   run_dir=$(sed -n "s/^run_dir: *[\"']\{0,1\}\([^\"'#]*[^\"'# ]\).*/\1/p" "$config" | head -n 1)
 fi

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Sequence
 
+from megatron_hyperrouter.paths import unexpanded
 from megatron_hyperrouter.planning.layouts import Candidate
 
 
@@ -25,7 +26,7 @@ def start_command(
                 f"torchrun --nnodes {nodes} --nproc-per-node {ranks} --rdzv-backend c10d "
                 "--rdzv-endpoint FIRST_HOST:29500"
             )
-    lines = [launcher, f"pretrain_gpt_hyperrouter.py --config {shlex.quote(config)}"]
+    lines = [launcher, f"pretrain_gpt_hyperrouter.py --config {shlex.quote(unexpanded(config))}"]
     chosen = candidate.flags(named)
     if words := _without(chosen, more):
         lines.append(shlex.join(words))

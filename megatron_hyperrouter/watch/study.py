@@ -98,7 +98,7 @@ def _read_run(folder: Path) -> RunOfStudy:
 
 def _in_order(path: Path) -> list[tuple[int, str]]:
     """``hyper-seed2`` before ``hyper-seed10``."""
-    return [(int(part or 0), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def _progress(run: RunOfStudy) -> str:

@@ -51,6 +51,12 @@ def test_the_run_folder_is_that_of_the_settings(tmp_path: Path, text: str) -> No
     assert "--ntasks 2 --ntasks-per-node 1 --cpus-per-task 96" in line and "--engine" not in line
 
 
+def test_the_settings_are_in_the_home_folder(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("run_dir: runs/mine\n")
+    (line,) = asked(tmp_path, "--config=~/my.yaml", HOME=str(tmp_path))
+    assert "--run-dir runs/mine --load runs/mine" in line and line.endswith(" --config=~/my.yaml")
+
+
 def test_torchrun_meets_under_a_name_of_each_attempt(tmp_path: Path) -> None:
     (line,) = asked(
         tmp_path,

@@ -14,6 +14,7 @@ from corpora import megatron_datasets, megatron_sample, write_corpus
 from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data.order import index
 from megatron_hyperrouter.data.order.blend import blend_sizes, normalise
+from megatron_hyperrouter.data.order.index_files import IndexCache
 from megatron_hyperrouter.data.store.token_files import IndexedDataset
 from megatron_hyperrouter.data.stream import stores
 from megatron_hyperrouter.data.stream.dataset import BlendedDataset, SequenceDataset, Splits, build_splits
@@ -325,6 +326,19 @@ def test_an_index_larger_than_the_memory_is_refused_before_it_is_built(tmp_path,
         assert "--data-index on-demand" in caught.value.remedy
     on_demand = DataConfig(train_data_path=(prefix,), data_index="on-demand")
     assert len(ours(on_demand, (10**15, 0, 0)).train) >= 10**15
+
+
+def test_an_index_that_another_machine_has_built_needs_no_memory(tmp_path, monkeypatch):
+    """``mhr index`` on a larger machine: the file is mapped."""
+    data = DataConfig(train_data_path=(write_corpus(tmp_path / "corpus", [50, 50]),))
+    made = ours(data, (1000, 0, 0), cache=IndexCache(cached_from=0)).train
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 1}.__getitem__)
+    found = ours(data, (1000, 0, 0), cache=IndexCache(cached_from=0)).train
+    np.testing.assert_array_equal(found.order.sample_index, made.order.sample_index)
+    with pytest.raises(DataError, match="the run needs 321 epochs"):
+        ours(data, (2000, 0, 0), cache=IndexCache(cached_from=0))
+    left = {path.suffix for path in (tmp_path / "cache" / "hyperrouter").iterdir()}
+    assert left == {".index", ".lock"}
 
 
 def test_the_shortest_data_that_will_do(tmp_path):

@@ -23,6 +23,7 @@ from megatron_hyperrouter.errors import ConfigError
 from megatron_hyperrouter.planning.layouts import Candidate, structures, variants, without_layout
 from megatron_hyperrouter.planning.machine import Machine
 from megatron_hyperrouter.planning.plan import Planner
+from megatron_hyperrouter.planning.start_command import start_command
 from megatron_hyperrouter.routers import ROUTERS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,6 +132,15 @@ def test_flags_of_a_layout_ask_for_it_whatever_the_file_says(
     printed = line[line.index("--config") :]
     config = parse([*printed, "--mock-data"], routers=ROUTERS, world_size=8)
     assert Candidate(config, 8).layout() == done[1]["layouts"][0]["layout"]
+
+
+def test_the_printed_command_finds_a_file_with_a_dollar_sign_in_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "7$each.yaml"
+    file.write_text(PLAIN, encoding="utf-8")
+    config = parse(["--config", str(file).replace("$", "$$"), "--mock-data"], routers=ROUTERS)
+    line = shlex.split(start_command(Candidate(config, 1), str(file), [], 8, set()).replace("\\\n", ""))
+    printed = line[line.index("--config") :]
+    assert parse([*printed, "--mock-data"], routers=ROUTERS).model == config.model
 
 
 @pytest.mark.parametrize(

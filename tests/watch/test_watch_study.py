@@ -80,6 +80,16 @@ def test_a_run_in_a_study_and_a_folder_without_runs_are_no_studies(study: Path, 
         read_trace(tmp_path / "empty")
 
 
+def test_names_of_runs_sort_by_their_numbers(tmp_path: Path) -> None:
+    names = ["1x", "1²3", "2", "10", "a", "a2", "a10", "x²-seed1"]  # ² is a digit, but no decimal
+    for name in reversed(names):
+        write_run(tmp_path / "runs" / name)
+    found = read_study(tmp_path)
+    assert found is not None and sorted(run.folder.name for run in found.runs) == sorted(names)
+    order = [run.folder.name for run in found.runs]
+    assert order.index("2") < order.index("10") and order.index("a2") < order.index("a10")
+
+
 def test_the_command(study: Path) -> None:
     def status(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "megatron_hyperrouter", "status", *words]

@@ -374,7 +374,6 @@ class Builder:
                 impl=self.impl,
             )
         plan = plan_order(self.tokens(store, documents), seq_length=self.seq_length, num_samples=num_samples)
-        check_room(store.prefix, plan, len(documents), self.seq_length)
         key = {
             "kind": "megatron-core 0.16 GPTDataset",
             "file": cache_key(store),
@@ -385,6 +384,7 @@ class Builder:
         }
 
         def build() -> NamedArrays:
+            check_room(store.prefix, plan, len(documents), self.seq_length)
             return order_of(
                 plan, store.sizes, documents, seq_length=self.seq_length, seed=self.seed, impl=self.impl
             )
