@@ -159,13 +159,14 @@ class Draft:
                 leaf, str(leaf.off_flag), " ".join(off), lambda: switched_off(leaf, words, off)
             )
         if words is not None:
-            shown = "''" if words == [""] else " ".join(words)
+            shown = " ".join(words)
+            shown = repr(shown) if words and not shown.strip() else shown
             return self._attempt(leaf, leaf.flag, shown, lambda: from_words(leaf, words))
         if override is not ABSENT:
             return self._attempt(leaf, leaf.flag, override, lambda: convert(leaf, override))
         if in_file is not ABSENT:
             place = f"{leaf.flag} ({leaf.name} in {self.file.path})"
-            shown = "''" if in_file == "" else in_file
+            shown = repr(in_file) if isinstance(in_file, str) and not in_file.strip() else in_file
             return self._attempt(leaf, place, shown, lambda: from_file(leaf, in_file))
         return leaf.default
 

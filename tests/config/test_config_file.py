@@ -192,6 +192,8 @@ class TestPaths:
         (problem,) = problems_of(routers, *DATA, flag, value)
         assert problem.rule == "must not be empty"
         assert "unset variable" in problem.remedy
+        shown = value if value.strip() else repr(value)
+        assert f" = {shown}: must not be empty" in str(problem)
 
     def test_an_empty_one_in_a_file_is_refused(self, routers, write):
         (problem,) = problems_of(routers, "--config", write('data_path: a\nload: ""\n'))

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from fakes import Alone
 from program.launched import Job, Zygote, metrics
 from program.settings import flags_of
+
+from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
+from megatron_hyperrouter.commands.training.elastic import laid_out_anew
 
 pytestmark = pytest.mark.processes
 LAYOUT = (
@@ -66,3 +70,18 @@ def test_a_micro_batch_that_does_not_divide_is_made_smaller(
     told = zygote.run(flags, ranks=1)
     assert "data-parallel size 8, micro-batch size 1, micro-batches per rank and step: 1" in told.stdout
     assert "the micro-batch size is 1 instead of 2" in told.stdout
+
+
+@pytest.mark.parametrize(("restarts", "batch"), [("0", "1"), ("1", "4")])
+def test_a_restart_by_torchrun_keeps_the_global_batch_size_without_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: str, batch: str
+) -> None:
+    """Such a run continues from its own checkpoint, whose batch size counts."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    meta = {"layout": {"world_size": 4}, "order": {"global_batch_size": 4}}
+    CheckpointFolders(tmp_path / "checkpoints", Alone()).save(
+        2, lambda folder: (folder / "a").write_bytes(b"a"), meta
+    )
+    flags = ["--mock-data", "--elastic", "--micro-batch-size", "1", "--run-dir", str(tmp_path)]
+    words = laid_out_anew(flags, 1, [])
+    assert words[-2:] == ["--global-batch-size", batch]

@@ -18,6 +18,7 @@ from megatron_hyperrouter.config.derived import data_parallel_size, model_parall
 from megatron_hyperrouter.config.reading.sources import read_flags
 from megatron_hyperrouter.errors import CheckpointError, ConfigError, Problem
 from megatron_hyperrouter.routers import ROUTERS
+from megatron_hyperrouter.train.resuming.start import is_restarted
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -49,10 +50,11 @@ def laid_out_anew(words: Sequence[str], world_size: int, notes: list[str]) -> li
 
 def _saved(config: RunConfig) -> dict[str, Any]:
     """Batch and ranks of the checkpoint that the run continues from; empty for a new run."""
-    if config.checkpoint.load is None:
+    load = config.checkpoint.load or (config.logging.run_dir if is_restarted() else None)
+    if load is None:
         return {}
     try:
-        folder = find(Path(config.checkpoint.load))
+        folder = find(Path(load))
         meta = {} if folder is None else read_manifest(folder)["meta"]
     except CheckpointError:
         return {}  # it is raised again where the checkpoint is loaded
