@@ -169,7 +169,7 @@ class RouterSite:
             raise ValueError(
                 f"layer {self.router.layer_number} begins forward pass {index + 1}, but arrive() was "
                 f"called only {len(arrived)} times since the last begin() or begin_evaluation(); "
-                "call it before each pass"
+                "call arrive() before each forward pass"
             )
         return arrived[index] if arrived else None
 

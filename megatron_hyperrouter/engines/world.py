@@ -64,11 +64,12 @@ def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
         if time.monotonic() - begin < _PATIENCE.total_seconds():
             raise
         remedy = (
-            "read the messages of the other ranks; if one is still building an index, run mhr "
-            "index beforehand"
+            "read the messages of the other ranks; if a rank is still building an index, build the index "
+            "with mhr index before you start the run"
         )
         raise HyperRouterError(
-            f"some ranks have not connected within {_PATIENCE}: {error}", remedy=remedy
+            f"some ranks have not connected within {_PATIENCE.total_seconds() / 3600:g} hours: {error}",
+            remedy=remedy,
         ) from error
     distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
 

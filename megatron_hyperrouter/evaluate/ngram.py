@@ -42,7 +42,7 @@ class NgramBaselines:
         self.num_tokens = int(counts_V.sum())
         if not self.num_tokens:
             raise DataError(
-                "there are no tokens to fit the unigram and bigram baselines",
+                "there are no tokens on which to fit the unigram and bigram baselines",
                 remedy="choose training data that contain text",
             )
         self.unigram_V: Floats = np.asarray(counts_V + 0.5, dtype=np.float64) / (

@@ -29,9 +29,11 @@ def settings_of(
         if not path.is_file():
             raise CheckpointError(
                 f"{folder} has no {SETTINGS} and {path} is missing, so the model cannot be built",
-                remedy="copy the config.yaml of the run there",
+                remedy=f"copy the config.yaml of the run to {path}",
             )
-        console.warn(f"{folder} was written by an older version and has no {SETTINGS}; using {path}")
+        console.warn(
+            f"{folder} was written by an older version of this program and has no {SETTINGS}; using {path}"
+        )
     # Settings that only training needs must not prevent an evaluation; faster implementations may need GPUs.
     neutral = {**quiet(Role.START, Role.BATCH, Role.SPEED), **overrides}
     if world_size > 1:

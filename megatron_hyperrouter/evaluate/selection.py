@@ -23,7 +23,8 @@ def at_most(run: TrainedRun, batches: int | None, *, most: int, flag: str = "") 
     wanted = batches and batches * run.global_batch_size
     if flag and wanted and wanted > most:
         console.note(
-            f"{flag} {batches} selects {wanted:,} samples, but there are {most:,}; scoring each of them once"
+            f"{flag} {batches} selects {wanted:,} samples, but there are only {most:,}, so each of them "
+            "is scored once"
         )
     return wanted if wanted and wanted < most else None
 

@@ -82,7 +82,7 @@ def _write_weights(job: Export, reader: Tensors, folder: Path) -> dict[str, str]
     ]:
         raise CheckpointError(
             f"{job.checkpoint} does not match the settings of its run: it has no tensor {missing[0]}"
-            + (f" (nor {len(missing) - 1} more)" if missing[1:] else ""),
+            + (f" ({len(missing)} tensors are missing in total)" if missing[1:] else ""),
             remedy="export from the run folder in which this checkpoint was written",
         )
     source = _TensorReader(job, reader, sizes)

@@ -36,7 +36,7 @@ def read_certificate(folder: Path) -> dict[str, Any]:
     if known != FORMAT:
         raise CheckpointError(
             f"{path} has format {known}; this program reads format {FORMAT}",
-            remedy="use the version of this program that wrote it",
+            remedy=f"use the version of this program that wrote {path}",
         )
     return dict(found)
 
@@ -49,7 +49,7 @@ def differences(folder: Path, certificate: dict[str, Any]) -> list[str]:
         found += _differences_of_file(folder / name, wanted, certificate["tensors"], seen)
     found += [f"{tensor}: missing" for tensor in sorted(set(certificate["tensors"]) - seen)]
     extra = {path.name for path in folder.iterdir()} - set(certificate["files"]) - {CERTIFICATE}
-    return found + [f"{name}: not in the certificate" for name in sorted(extra)]
+    return found + [f"{name}: the certificate does not list this file" for name in sorted(extra)]
 
 
 def _differences_of_file(
@@ -59,7 +59,7 @@ def _differences_of_file(
         yield f"{path.name}: missing"
         return
     if (size := path.stat().st_size) != wanted["bytes"]:
-        yield f"{path.name}: {size} bytes instead of {wanted['bytes']}"
+        yield f"{path.name}: the file has {size} bytes instead of {wanted['bytes']}"
     altered = digest_of_bytes(path) != wanted["sha256"]
     told = False
     if path.suffix == ".safetensors":
@@ -71,7 +71,7 @@ def _differences_of_file(
         for entry in entries:
             seen.add(entry.name)
             if entry.name not in tensors:
-                yield f"{path.name}: {entry.name} is not in the certificate"
+                yield f"{path.name}: the certificate does not list the tensor {entry.name}"
             elif altered and digest_of_bytes(path, entry.begin, entry.end) != tensors[entry.name]:
                 told = True
                 yield f"{path.name}: {entry.name} ({entry.dtype} {list(entry.shape)}) has changed"

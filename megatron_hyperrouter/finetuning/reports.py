@@ -179,7 +179,7 @@ def compare(first: Path, second: Path) -> list[ResultRow]:
     if not found:
         raise DataError(
             (f"{first} and {second} have no pair of seed and k in common"),
-            remedy="fine-tune both with the same --seeds and --topk",
+            remedy="fine-tune both models with the same --seeds and --topk",
         )
     return found
 

@@ -105,7 +105,7 @@ def _examples(path: Path, labels: tuple[str, ...]) -> Iterator[Example]:
             known = f"by name, or by number from 0 to {len(labels) - 1}"
             raise DataError(
                 f"{path}, line {number}: {json.dumps(label)} is not a label of labels.json",
-                remedy=f"use a label of that file ({known}), or add this label to it",
+                remedy=f"use a label of labels.json ({known}), or add this label to labels.json",
             )
         yield Example(text, place)
 
@@ -115,7 +115,7 @@ def _parsed(path: Path, content: bytes, line: int) -> Any:
         return json.loads(content)
     except ValueError as error:
         raise DataError(
-            (f"{path}, line {line}: the line is not JSON in UTF-8: {error}"),
+            (f"{path}, line {line}: the line is not JSON in UTF-8 ({error})"),
             remedy="correct or remove the line",
         ) from error
 

@@ -51,8 +51,8 @@ class BadSteps:
             std = math.sqrt(math.fsum((each - mean) ** 2 for each in past) / len(past))
             if value > mean + self.sigma * max(std, _LEAST_STD * abs(mean)):
                 return (
-                    f"{name} is {value:.4g}, more than {self.sigma:g} standard deviations ({std:.3g}) above "
-                    f"{mean:.4g}, the mean of the last {len(past)} steps"
+                    f"{name} is {value:.4g}, more than {self.sigma:g} standard deviations above the mean of "
+                    f"the last {len(past)} steps (mean {mean:.4g}, standard deviation {std:.3g})"
                 )
         return ""
 

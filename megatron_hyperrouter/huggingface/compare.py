@@ -80,7 +80,7 @@ def load(task: Task, k: int) -> tuple[Any, list[str]]:
     for key, word in (
         ("missing_keys", "missing"),
         ("unexpected_keys", "unexpected"),
-        ("mismatched_keys", "has another shape"),
+        ("mismatched_keys", "has a different shape"),
     ):
         for each in told.get(key) or ():
             name = each if isinstance(each, str) else each[0]

@@ -68,7 +68,7 @@ def problems(folder: HfFolder) -> Iterator[str]:
             yield "attention_bias true is not supported, because it also adds a bias to the attention output"
         if not folder.latent and _turning_share(folder) != 1.0:
             share = _turning_share(folder)
-            yield f"partial_rotary_factor {share:g} is not supported; it must be 1 for this class"
+            yield f"partial_rotary_factor {share:g} is not supported; for this model class, it must be 1"
     if _windowed(folder) and folder.architecture not in ("MixtralForCausalLM", "MistralForCausalLM"):
         yield "use_sliding_window true is not supported, because it affects only some layers"
     if folder.dense and _windowed(folder):
@@ -94,11 +94,11 @@ def _expert_problems(folder: HfFolder) -> Iterator[str]:
         yield "config.json has no num_experts_per_tok"
         return
     if not any(folder.routed):
-        yield "config.json gives no layer experts"
+        yield "according to config.json, no layer has experts"
     if int(config.get("moe_layer_freq", 1)) != 1:
-        yield f"moe_layer_freq {config['moe_layer_freq']} is not supported (transformers ignores it)"
+        yield f"moe_layer_freq {config['moe_layer_freq']} is not supported (transformers ignores the value)"
     if folder.architecture == _DEEPSEEK_V2 and config.get("norm_topk_prob"):
-        yield "norm_topk_prob true is not supported (transformers ignores it for this class)"
+        yield "norm_topk_prob true is not supported (transformers ignores the value for this model class)"
     groups, chosen = _groups(folder)
     if chosen >= groups:
         return
@@ -107,7 +107,8 @@ def _expert_problems(folder: HfFolder) -> Iterator[str]:
     if (ours := min(max(topk // chosen, 1), size)) != best:
         yield (
             f"n_group {groups} is not supported: this model scores each group of experts by the "
-            f"{_experts(best)}, but this program by the {_experts(ours)} (num_experts_per_tok / topk_group)"
+            f"{_experts(best)}, but this program scores "
+            f"it by the {_experts(ours)} (num_experts_per_tok / topk_group)"
         )
 
 

@@ -143,6 +143,6 @@ def checked(
 
 def _unfit(folder: Path, name: str, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{folder}: the weights for {name} cannot be used: {reason}",
+        f"{folder}: the tensor for {name} cannot be used: {reason}",
         remedy="download the folder again, or save the model again",
     )

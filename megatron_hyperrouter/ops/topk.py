@@ -128,7 +128,10 @@ def within_best_groups(scores_TE: Tensor, k: int, groups: Groups) -> Tensor:
     """
     size = scores_TE.size(-1) // groups.total
     if k > groups.chosen * size:
-        raise ValueError(f"k = {k}: must be at most {groups.chosen} groups x {size} experts in a group")
+        raise ValueError(
+            f"k = {k}: must be at most {groups.chosen * size}, the number of experts in "
+            f"{groups.chosen} groups of {size} experts"
+        )
     counted = min(max(k // groups.chosen, 1), size)
     scores_TGM = scores_TE.detach().view(*scores_TE.shape[:-1], groups.total, size)
     group_score_TG = scores_TGM.topk(counted, dim=-1).values.sum(-1)

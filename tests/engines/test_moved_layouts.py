@@ -222,13 +222,22 @@ def leave_out_a_file(folder: Path) -> None:
 
 EXPERT = r"decoder\.layers\.\d+\.mlp\.experts\.local_experts\.\d+\.linear_fc\d\.weight"
 DAMAGES: dict[str, tuple[Damage, str]] = {
-    "one bit of a moment": (flip_a_bit, rf"{EXPERT}: its exp_avg has changed since it was saved"),
-    "one bit of a weight": (flip_a_bit_of_a_weight, rf"{EXPERT}: its weight has changed since it was saved"),
-    "two numbers exchanged": (exchange_numbers, rf"{EXPERT}: its exp_avg has changed since it was saved"),
-    "two experts exchanged": (exchange_experts, rf"{EXPERT}: its exp_avg has changed since it was saved"),
+    "one bit of a moment": (flip_a_bit, rf"exp_avg of {EXPERT} has changed since the checkpoint was saved"),
+    "one bit of a weight": (
+        flip_a_bit_of_a_weight,
+        rf"weight of {EXPERT} has changed since the checkpoint was saved",
+    ),
+    "two numbers exchanged": (
+        exchange_numbers,
+        rf"exp_avg of {EXPERT} has changed since the checkpoint was saved",
+    ),
+    "two experts exchanged": (
+        exchange_experts,
+        rf"exp_avg of {EXPERT} has changed since the checkpoint was saved",
+    ),
     "two moments exchanged": (
         exchange_moments,
-        rf"{EXPERT}: its exp_avg(_sq)? has changed since it was saved",
+        rf"exp_avg(_sq)? of {EXPERT} has changed since the checkpoint was saved",
     ),
     "an expert left out": (leave_out_an_expert, rf"{EXPERT}: \d+ of \d+ values are missing"),
     "a file left out": (leave_out_a_file, r"optimizer-00001\.safetensors cannot be read"),

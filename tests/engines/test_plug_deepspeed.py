@@ -220,14 +220,19 @@ def with_own_gate() -> MoE:
     ("make", "arguments", "error", "words"),
     [
         (lambda: nn.Linear(2, 2), {}, TypeError, "must be a deepspeed.moe.layer.MoE, not Linear$"),
-        (lambda: nn.Sequential(layer()), {}, TypeError, "not Sequential; call it once for each layer"),
+        (
+            lambda: nn.Sequential(layer()),
+            {},
+            TypeError,
+            "not Sequential; call plug_into_deepspeed once for each",
+        ),
         (plugged, {}, ValueError, "already has the router topk"),
         (with_own_gate, {}, TypeError, "gate of this MoE layer is a Linear"),
         (with_tutel, {}, ValueError, "use_tutel=False"),
         (layer, {"name": "hyperr"}, ConfigError, "did you mean hyper"),
         (layer, {"hypernet_with": 3}, ConfigError, "did you mean hypernet_width"),
         (layer, {"hypernet_width": 0}, ConfigError, "hypernet_width = 0"),
-        (layer, {"hidden_size": 8}, TypeError, "hidden_size is set by the layer"),
+        (layer, {"hidden_size": 8}, TypeError, "hidden_size must not be given, because the MoE layer"),
         (layer, {"layer_number": 0}, ValueError, "layer_number = 0: must be at least 1"),
         (layer, {"topk": E + 1}, ConfigError, "must be from 1 to --num-experts = 4"),
     ],
@@ -330,7 +335,8 @@ def test_a_pass_whose_tokens_have_not_arrived_is_refused() -> None:
     moe(torch.randn(T, D))
     with pytest.raises(
         ValueError,
-        match=r"layer 4 begins forward pass 2, but arrive\(\) was called only 1 times since .*call it before",
+        match=r"layer 4 begins forward pass 2, but arrive\(\) was called only 1 times since .*"
+        r"call arrive\(\) before each forward pass",
     ):
         moe(torch.randn(T, D))
 

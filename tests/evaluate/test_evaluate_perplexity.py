@@ -180,7 +180,9 @@ class TestTool:
         _, tokens = score_by_hand(run_dir, "test", topk=2)
         flags = ("--topk", "2", "--eval-iters", str(tokens))
         found = self.results(tool, run_dir, *flags)[0]
-        assert f"selects {8 * tokens:,} samples, but there are {tokens // 8:,}" in capsys.readouterr().out
+        assert (
+            f"selects {8 * tokens:,} samples, but there are only {tokens // 8:,}" in capsys.readouterr().out
+        )
         assert found == self.results(tool, run_dir, "--topk", "2")[0] and found["tokens"] == tokens
         (strided,) = self.results(tool, run_dir, *flags, "--eval-stride", "4")
         assert strided == self.results(tool, run_dir, "--topk", "2", "--eval-stride", "4")[0]

@@ -36,4 +36,4 @@ def test_too_many_are_reported_where_they_were_asked_for(
     capsys: pytest.CaptureFixture[str], flag: str, reported: bool
 ) -> None:
     assert at_most(Run(), 5, most=10, flag=flag) is None  # type: ignore[arg-type]
-    assert ("--eval-iters 5 selects 20 samples, but there are 10" in capsys.readouterr().out) == reported
+    assert ("--eval-iters 5 selects 20 samples, but there are only 10" in capsys.readouterr().out) == reported

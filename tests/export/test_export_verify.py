@@ -67,12 +67,15 @@ HARM: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         rewrite("config.json", '{"num_experts_per_tok": 4}'),
         ["config.json: the file has changed"],
     ),
-    "another tokenizer": (rewrite("tokenizer.json", '{"a":0}'), ["tokenizer.json: 7 bytes instead of 2"]),
+    "another tokenizer": (
+        rewrite("tokenizer.json", '{"a":0}'),
+        ["tokenizer.json: the file has 7 bytes instead of 2"],
+    ),
     "shard missing": (
         lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(),
         ["model-00002-of-00002.safetensors: missing", "norm: missing"],
     ),
-    "file too many": (rewrite("notes.txt", "mine"), ["notes.txt: not in the certificate"]),
+    "file too many": (rewrite("notes.txt", "mine"), ["notes.txt: the certificate does not list this file"]),
     "header cut off": (cut, ["the safetensors header is cut off", "norm: missing"]),
 }
 

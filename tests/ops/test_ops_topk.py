@@ -219,5 +219,5 @@ def test_groups_against_megatron_core(kind, k):
 
 
 def test_groups_must_have_room_for_k():
-    with pytest.raises(ValueError, match="k = 5: must be at most 2 groups x 2 experts"):
+    with pytest.raises(ValueError, match="k = 5: must be at most 4, the number of experts in 2 groups of 2"):
         best_experts(torch.zeros(1, 16), 5, Groups(8, 2))

@@ -127,7 +127,7 @@ def test_a_rank_whose_data_are_late_is_named(zygote: Zygote, text: Path, tmp_pat
     (alarm,) = [each for each in read_trace(run_dir).events if each.get("alarm") == "late_data"]
     assert (alarm["rank"], alarm["step"], alarm["since"]) == (1, 21, 2) and 0.1 < alarm["value"] < 1
     assert alarm["host"] == socket.gethostname()
-    assert f"rank 1 ({alarm['host']}): all ranks waited for its data" in job.stderr
+    assert f"rank 1 ({alarm['host']}): all ranks waited for the data of this rank" in job.stderr
 
 
 STAGES = "--pipeline-model-parallel-size 2 --micro-batch-size 4"
@@ -160,6 +160,6 @@ def test_a_rank_that_becomes_slow_is_named_while_the_run_continues(
     assert alarm["since"] == alarm["step"] - 19 and alarm["value"] > alarm["threshold"] == 1.1
     assert (alarm["action"], alarm["host"]) == ("note", socket.gethostname())
     steps = f"in steps {alarm['since']} to {alarm['step']}, it took {alarm['value']:.2f} times"
-    named = f"rank 1 ({alarm['host']}): all ranks waited for it: {steps}"
+    named = f"rank 1 ({alarm['host']}): all ranks waited for this rank, because {steps}"
     assert len(late) == 1 and late[0].startswith(named), late
     assert f"step {alarm['step']}: {named}" in job.stderr and "mhr doctor" in job.stderr

@@ -131,7 +131,7 @@ class TestState:
             status = now(run_dir)
         assert status.state == "running"
         assert status.late == [
-            "rank 1 (node1): all ranks waited for its data, for 40% of the time of steps 3 to 22"
+            "rank 1 (node1): all ranks waited for the data of this rank, for 40% of the time of steps 3 to 22"
         ]
 
     def test_a_rank_that_computes_slowly(self, run_dir: Path) -> None:
@@ -151,8 +151,8 @@ class TestState:
             assert now(run_dir).late == []  # not named again: the rank has recovered
         assert status.state == "running"
         assert status.late == [
-            "rank 100 (node7): all ranks waited for it: in steps 523 to 542, it took 1.31 times as long "
-            "as the median rank for the same work; 3 more ranks are late as well"
+            "rank 100 (node7): all ranks waited for this rank, because in steps 523 to 542, it took 1.31 "
+            "times as long as the median rank for the same work; 3 more ranks are late as well"
         ]
 
     def test_a_new_attempt_that_is_starting(self, run_dir: Path) -> None:

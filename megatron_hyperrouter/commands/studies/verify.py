@@ -364,7 +364,7 @@ def show(rows: Sequence[CheckedLayout], reference: CheckedLayout) -> None:
     from rich.table import Table
 
     console = Console() if sys.stdout.isatty() else Console(width=180)
-    title = f"Largest differences from 1 process on {reference.engine}"
+    title = f"Largest differences between each layout and 1 process on {reference.engine}"
     table = Table(
         "layout", "ranks", "engine", "number", "difference", "tolerance", "", "seen at", title=title
     )

@@ -44,7 +44,8 @@ def read_state(
         raise CheckpointError(
             f"{folder} has format 1, whose optimizer state has no checksums",
             remedy=(
-                "add --trust-checkpoint if you trust its author, or load only the weights with --finetune"
+                "add --trust-checkpoint if you trust the author of this checkpoint, or load only the weights "
+                "with --finetune"
             ),
         )
     if stacked:  # DeepSpeed's rows would silently be read in another order
@@ -60,7 +61,7 @@ def read_state(
         )
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
-            f"{path} cannot be read: it is damaged", remedy="load an older checkpoint of this run"
+            f"{path} is damaged and cannot be read", remedy="load an older checkpoint of this run"
         )
     try:
         with torch.serialization.safe_globals(_known()):

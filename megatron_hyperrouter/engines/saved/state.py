@@ -241,7 +241,7 @@ def load_optimizer(reader: Reader, index: dict[str, IndexEntry], holding: Holdin
         if entry.shape != (needed := whole_shape(tuple(piece.parameter.shape), shard_of(piece.name))):
             raise CheckpointError(
                 (
-                    f"{reader.folder}: {piece.name}: the optimizer state has shape {list(entry.shape)}, "
+                    f"{reader.folder}: the optimizer state of {piece.name} has shape {list(entry.shape)}, "
                     f"but the weight has shape {list(needed)}"
                 ),
                 remedy="load an older checkpoint of this run",
@@ -249,7 +249,8 @@ def load_optimizer(reader: Reader, index: dict[str, IndexEntry], holding: Holdin
         if counted.setdefault(piece.counter, entry.steps) != entry.steps:
             raise CheckpointError(
                 f"the optimizer state of {piece.name} has {entry.steps} steps, but other parameters have "
-                f"{counted[piece.counter]}; on this layout the numbers must be equal",
+                f"{counted[piece.counter]}; on this layout, all parameters must have the same number of "
+                "steps",
                 remedy="resume on the layout of the run that wrote the checkpoint",
             )
         piece.set_steps(entry.steps)
@@ -306,7 +307,8 @@ def verify(reader: Reader, index: dict[str, IndexEntry], holding: Holding, *, we
             value or field != WEIGHT
         ):  # 0: no rank has such a weight, or none could compare it
             raise CheckpointError(
-                f"{reader.folder}: {name}: its {field} has changed since it was saved (the digests differ)",
+                f"{reader.folder}: {field} of {name} has changed since the checkpoint was saved "
+                "(the digests differ)",
                 remedy="load an older checkpoint of this run",
             )
 

@@ -60,17 +60,18 @@ RULES = (
         _WAIT,
         lambda result: result.data_waits,
         late_data,
-        "all ranks waited for its data, for {value:.0%} of the time of steps {since} to {step}",
-        "use a larger --num-workers, or check the disk of its machine",
+        "all ranks waited for the data of this rank, for {value:.0%} of the time of steps {since} to {step}",
+        "use a larger --num-workers, or check the disk of the machine on which this rank runs",
     ),
     Rule(
         "slow_rank",
         _SLOW,
         lambda result: over_median(result.compute_times),
         slow_rank,
-        "all ranks waited for it: in steps {since} to {step}, it took {value:.2f} times as long as the "
-        "median rank for the same work",
-        "check its machine for throttled clocks, heat and other processes, for example with mhr doctor",
+        "all ranks waited for this rank, because in steps {since} to {step}, it took {value:.2f} times as "
+        "long as the median rank for the same work",
+        "check the machine on which this rank runs for throttled clocks, heat and other processes, for "
+        "example with mhr doctor",
     ),
 )
 

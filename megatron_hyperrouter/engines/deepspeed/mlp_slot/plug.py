@@ -72,7 +72,7 @@ def plug_into_deepspeed(
         raise ValueError(f"layer_number = {layer_number}: must be at least 1")
     for taken in ("hidden_size", "num_experts"):
         if taken in options:
-            raise TypeError(f"{taken} is set by the layer and cannot be given")
+            raise TypeError(f"{taken} must not be given, because the MoE layer determines it")
     weight = old.wg.weight
     hidden_size, num_experts = weight.size(1), weight.size(0)
     router = build_router(
@@ -98,7 +98,7 @@ def plug_into_deepspeed(
 def _gate_of(moe: nn.Module) -> TopKGate:
     if not isinstance(moe, MoE):
         hint = (
-            "; call it once for each layer"
+            "; call plug_into_deepspeed once for each MoE layer of the model"
             if isinstance(moe, nn.Module) and any(isinstance(part, MoE) for part in moe.modules())
             else ""
         )
