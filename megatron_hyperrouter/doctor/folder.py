@@ -85,7 +85,8 @@ def _shared(ranks: Ranks, names: Sequence[str], folder: Path, token: str) -> lis
     told = ""
     if ranks.rank:
         told = "" if _appears(folder / "content", token) else "does not see the files of rank 0"
-        told = told or _reason(lambda: (folder / f"rank-{ranks.rank}").write_text(token))
+        why = "" if told else _reason(lambda: (folder / f"rank-{ranks.rank}").write_text(token))
+        told = f"cannot write a file there ({why})" if why else told
     reports = ranks.gather("folder/shared", told)
     missing = [
         f"{names[rank]} {report}" if report else f"rank 0 does not see the files of {names[rank]}"
@@ -140,7 +141,13 @@ def _rename(ranks: Ranks, folder: Path) -> list[Finding]:
     if error:
         return [fault("rename", f"a file cannot be replaced by a rename: {error}", remedy)]
     if torn[0]:
-        return [fault("rename", f"a rename is not atomic: {torn[0]} reads found no complete file", remedy)]
+        return [
+            fault(
+                "rename",
+                f"renames are not atomic: {torn[0]} reads found a missing or incomplete file",
+                remedy,
+            )
+        ]
     return [ok("rename", f"all {_RENAMES} renames were atomic")]
 
 
@@ -149,13 +156,14 @@ def _lock(ranks: Ranks, names: Sequence[str], folder: Path) -> list[Finding]:
     path, told = folder / "lock", ""
     with contextlib.ExitStack() as stack:
         if ranks.rank == 0:
-            told = _reason(lambda: stack.enter_context(_locked(path)))
+            why = _reason(lambda: stack.enter_context(_locked(path)))
+            told = f"cannot lock a file ({why})" if why else ""
         if told := ranks.tell("folder/lock", told):
             got = [told]
         else:
             got = ranks.gather("folder/lock/tried", _try_lock(path))
         ranks.meet("folder/lock/over")
-    wrong = [f"{names[rank]}: {word}" for rank, word in enumerate(got) if word]
+    wrong = [f"{names[rank]} {word}" for rank, word in enumerate(got) if word]
     if wrong:
         remedy = (
             "mount the file system with locks (Lustre: -o flock; NFS: without nolock), or take care "
@@ -175,11 +183,11 @@ def _locked(path: Path) -> Iterator[None]:
 def _try_lock(path: Path) -> str:
     try:
         with _locked(path):
-            return "got a lock that rank 0 holds"
+            return "could lock a file that rank 0 had already locked"
     except BlockingIOError:
         return ""
     except OSError as error:
-        return str(error.strerror or error)
+        return f"cannot lock a file ({error.strerror or error})"
 
 
 def _speed(ranks: Ranks, names: Sequence[str], folder: Path, first_ranks: Sequence[int]) -> list[Finding]:
@@ -188,27 +196,35 @@ def _speed(ranks: Ranks, names: Sequence[str], folder: Path, first_ranks: Sequen
     if ranks.rank in first_ranks:
         own["error"] = _reason(lambda: own.update(_write_and_read(folder / f"speed-{ranks.rank}")))
     told = {rank: each for rank, each in enumerate(ranks.gather("folder/speed", own)) if each}
-    bad = [f"{names[rank]}: {each['error']}" for rank, each in told.items() if each["error"]]
+    bad = [
+        f"{names[rank]} cannot write a file there ({each['error']})"
+        for rank, each in told.items()
+        if each["error"]
+    ]
     if bad:
         return [
-            fault("disk", (f"the run folder cannot be written: {bad[0]}"), "free space, or repair the disk")
+            fault(
+                "disk",
+                f"the run folder cannot be used: {bad[0]}",
+                "free up space on that disk, or repair the disk",
+            )
         ]
     if ranks.rank:
         return []
     writes = {rank: each["write"] for rank, each in told.items()}
     slowest = min(writes, key=lambda rank: writes[rank])
     text = (
-        f"{len(told)} machine{'' if len(told) == 1 else 's'} together: "
-        f"write {sum(writes.values()) / 1e6:,.0f} MB/s, read "
+        f"{len(told)} machine{' writes' if len(told) == 1 else 's together write'} "
+        f"{sum(writes.values()) / 1e6:,.0f} MB/s and read{'s' if len(told) == 1 else ''} "
         f"{sum(each['read'] for each in told.values()) / 1e6:,.0f} MB/s (partly from the page cache)"
     )
     if writes[slowest] < min(_SLOW, statistics.median(writes.values())):
-        slow = f"; {names[slowest]} writes {writes[slowest] / 1e6:,.1f} MB/s"
+        slow = f"; the slowest, {names[slowest]}, writes {writes[slowest] / 1e6:,.1f} MB/s"
         return [
             note(
                 "disk",
                 text + slow,
-                ("use --async-save, or another disk: saving a checkpoint is slow on this one"),
+                "use --async-save or a faster disk, because saving a checkpoint is slow on this disk",
             )
         ]
     return [ok("disk", text)]
@@ -233,7 +249,7 @@ def _room(run_dir: Path, checkpoint: int | None) -> list[Finding]:
         return [
             fault(
                 "room",
-                (f"{run_dir}: only {inodes:,} more files can be created"),
+                f"only {inodes:,} more files can be created in {run_dir}",
                 "remove files from that file system",
             )
         ]

@@ -18,9 +18,9 @@ _MOST_SKEW = 1.0  # seconds
 _OPEN_FILES, _OPEN_FILES_A_RANK = 1024, 4  # with gloo, each rank has a connection to every other rank
 _SHM_A_RANK = 64 << 20  # bytes: NCCL's and the data loader's
 EXTRAS = {
-    "transformer_engine": "Transformer Engine: fused attention, norms and experts on the Megatron engine",
-    "apex": "apex: fused Adam and gradient norms on the Megatron engine",
-    "flash_attn": ("flash-attn: attention inside Transformer Engine, which otherwise uses another kernel"),
+    "transformer_engine": "Transformer Engine (fused attention, norms and experts on the Megatron engine)",
+    "apex": "apex (fused Adam and gradient norms on the Megatron engine)",
+    "flash_attn": "flash-attn (attention kernels for Transformer Engine)",
 }
 
 
@@ -55,14 +55,15 @@ def first_ranks(facts: Sequence[Facts]) -> list[int]:
 def _versions(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
     found: Mapping[str, str] = facts[0]["versions"]
     differences = [
-        f"{names[rank]} has {library} {each['versions'].get(library, 'none')}, but {names[0]} has {version}"
+        f"{names[rank]} has {_held(library, each['versions'].get(library, 'none'))}, "
+        f"but {names[0]} has {_held(library, version)}"
         for rank, each in enumerate(facts)
         for library, version in found.items()
         if each["versions"].get(library) != version
     ]
     missing = [library for library in TESTED if found[library] == "none"]
     if differences:
-        yield fault("versions", f"differ between ranks: {first_of(differences)}", _INSTALL)
+        yield fault("versions", f"the ranks have different versions: {first_of(differences)}", _INSTALL)
     if missing:
         yield fault("versions", f"not installed: {', '.join(missing)}", _INSTALL)
     if differences or missing:
@@ -72,30 +73,39 @@ def _versions(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]
     yield note("versions", f"{shown}; {'; '.join(problems)}") if problems else ok("versions", shown)
 
 
+def _held(library: str, version: str) -> str:
+    return f"no {library}" if version == "none" else f"{library} {version}"
+
+
 def _extension(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
-    missing = [f"{names[rank]}: {each['extension']}" for rank, each in enumerate(facts) if each["extension"]]
+    missing = [f"{names[rank]} ({each['extension']})" for rank, each in enumerate(facts) if each["extension"]]
     if missing:
         text = (
-            "the C++ extension for data indices is missing, so the slower "
-            f"NumPy version is used: {first_of(missing)}"
+            f"the C++ extension that builds data indices is missing for {first_of(missing)}; "
+            "the slower NumPy code is used instead"
         )
-        yield fault("extension", text, f"{_INSTALL} (it needs a C++17 compiler)")
+        yield fault("extension", text, f"{_INSTALL} (this script needs a C++17 compiler)")
     else:
-        yield ok("extension", "the C++ extension for data indices works")
+        yield ok("extension", "the C++ extension that builds data indices works")
 
 
 def _patches(first: Facts) -> Finding:
-    words = [f"{host} {len(names)} ({', '.join(names)})" for host, names in first["patches"].items() if names]
-    return ok("patches", "; ".join(words) or "none")
+    words = [
+        f"{len(names)} in {host} ({', '.join(names)})" for host, names in first["patches"].items() if names
+    ]
+    return ok("patches", "this program patches no library" if not words else ", ".join(words))
 
 
 def _extras(first: Facts) -> Finding:
     found = [f"{name} {version}" for name, version in first["extras"].items() if version]
     missing = [EXTRAS[name] for name, version in first["extras"].items() if not version]
-    text = f"found: {', '.join(found) or 'none'}"
+    text = f"installed: {', '.join(found)}" if found else "no optional GPU library is installed"
     if not first["gpus"]:
-        return ok("extras", f"{text}; these libraries are useful only on GPUs, and this machine has none")
-    return note("extras", f"{text}; not installed: {'; '.join(missing)}") if missing else ok("extras", text)
+        return ok("extras", f"{text}; this machine has no GPU, so runs on it do not use GPU libraries")
+    if missing:
+        absent = f"not installed: {', '.join(missing)}"
+        return note("extras", f"{text}; {absent}" if found else absent)
+    return ok("extras", text)
 
 
 def _devices(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
@@ -103,9 +113,9 @@ def _devices(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
     text = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     if facts[0]["gpus"] and any(not each["gpu"] for each in facts):
         bare = [name for name, each in zip(names, facts, strict=True) if not each["gpu"]]
-        yield fault("devices", f"no GPU for {first_of(bare)}", "start at most one rank per GPU")
+        yield fault("devices", f"there is no GPU for {first_of(bare)}", "start at most one rank per GPU")
     elif len(kinds) > 1:
-        yield note("devices", f"the devices differ ({text}); the slowest limits the speed")
+        yield note("devices", f"the devices differ ({text}); the slowest device limits the speed of the run")
     else:
         yield ok("devices", text)
     broken = [f"{each['host']}: {word}" for each in facts for word in each["gpu_faults"]]
@@ -126,9 +136,10 @@ def _rates(facts: Sequence[Facts], names: Sequence[str]) -> Finding:
     rates = [each["rate"] for each in facts]
     usual = statistics.median(rates)
     gpu = bool(facts[0]["gpus"])
-    text = f"each rank reaches {usual / 1e12:,.3g} TFLOP/s in matrix products"
+    who = "the median rank" if len(rates) > 1 else "this rank"
+    text = f"{who} reaches {usual / 1e12:,.3g} TFLOP/s in matrix products"
     slow = [
-        f"{names[rank]} reaches {rate / usual:.0%} of the median"
+        f"{names[rank]} reaches only {rate / usual:.0%} of that speed"
         for rank, rate in sorted(enumerate(rates), key=lambda pair: pair[1])
         if rate < (_USUAL_GPU if gpu else _SLOW_CPU) * usual
     ]
@@ -137,27 +148,27 @@ def _rates(facts: Sequence[Facts], names: Sequence[str]) -> Finding:
     if gpu and min(rates) > _SLOW_GPU * usual:
         return note("speed", f"{text}; {first_of(slow)}")
     remedy = "check that machine for other jobs, heat and power limits"
-    return fault("speed", f"{text}; slow: {first_of(slow)}", remedy)
+    return fault("speed", f"{text}; {first_of(slow)}", remedy)
 
 
 def _limits(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
     needed = max(_OPEN_FILES, _OPEN_FILES_A_RANK * len(facts))
     low = [
-        f"{names[rank]}: {each['open_files']}"
+        f"{each['open_files']} for {names[rank]}"
         for rank, each in enumerate(facts)
         if 0 <= each["open_files"] < needed
     ]
     if low:
         yield fault(
             "open files",
-            (f"ulimit -n is less than {needed}: {first_of(low)}"),
+            f"ulimit -n must be at least {needed}, but is {first_of(low)}",
             "run ulimit -n 65536 before you start the job",
         )
     else:
         yield ok("open files", f"ulimit -n is {facts[0]['open_files']}")
     ranks_of = Counter(each["host"] for each in facts)
     small = [
-        f"{each['host']}: {each['shm'] / 1e6:,.0f} MB; number of ranks there: {ranks_of[each['host']]}"
+        f"{each['host']} has {each['shm'] / 2**20:,.0f} MiB free for {_count(ranks_of[each['host']])}"
         for each in facts
         if each["shm"] is not None and each["shm"] < _SHM_A_RANK * ranks_of[each["host"]]
     ]
@@ -167,20 +178,30 @@ def _limits(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
             "Kubernetes: an emptyDir with medium Memory)"
         )
         yield fault(
-            "/dev/shm", f"the shared memory is too small: {first_of(list(dict.fromkeys(small)))}", remedy
+            "/dev/shm",
+            f"each rank needs {_SHM_A_RANK >> 20} MiB of shared memory, but "
+            f"{first_of(list(dict.fromkeys(small)))}",
+            remedy,
         )
     elif facts[0]["shm"] is not None:
         yield ok("/dev/shm", f"{facts[0]['shm'] / 1e9:,.1f} GB free")
     if len(ranks_of) > 1:
         lost = [
-            f"{each['host']} ({each['resolves'] or 'unknown'})"
+            f"{each['host']} ({'resolves to ' + each['resolves'] if each['resolves'] else 'is unknown'})"
             for each in facts
             if not each["resolves"] or each["resolves"].startswith("127.")
         ]
         if lost:
             text = f"the host name of a machine does not resolve to its network address: {first_of(lost)}"
-            remedy = "correct /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+            remedy = (
+                "correct /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network "
+                "interface that connects the machines"
+            )
             yield fault("host names", text, remedy)
+
+
+def _count(ranks: int) -> str:
+    return f"{ranks} rank{'' if ranks == 1 else 's'}"
 
 
 def _clock(facts: Sequence[Facts], names: Sequence[str]) -> Finding:

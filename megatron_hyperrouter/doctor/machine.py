@@ -152,7 +152,7 @@ def _gpu_faults() -> list[str]:
     for line in told.stdout.splitlines():
         index, errors, slowdown = (word.strip() for word in [*line.split(","), "", ""][:3])
         if errors.isdecimal() and int(errors):
-            found.append(f"GPU {index}: {errors} uncorrected memory errors")
+            found.append(f"GPU {index} has {errors} uncorrected memory errors")
         if slowdown == "Active":
-            found.append(f"GPU {index}: the hardware throttles the clock (heat or power)")
+            found.append(f"GPU {index} is throttled by its hardware (heat or power)")
     return found

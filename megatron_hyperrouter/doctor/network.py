@@ -50,7 +50,7 @@ def examine_ports(ranks: Ranks, names: Sequence[str]) -> list[Finding]:
             "network that connects them"
         )
         return [fault("ports", first_of(closed), remedy)]
-    return [ok("ports", f"each of the {ranks.size} ranks can reach the next one")] if ranks.rank == 0 else []
+    return [ok("ports", f"each of the {ranks.size} ranks can reach the next rank")] if ranks.rank == 0 else []
 
 
 def examine_collectives(ranks: Ranks, names: Sequence[str]) -> tuple[list[Finding], dict[str, Any]]:
@@ -79,14 +79,16 @@ def examine_collectives(ranks: Ranks, names: Sequence[str]) -> tuple[list[Findin
     told = ranks.gather("collectives", (why, left_alone))
     if ranks.rank:
         return [], {}
-    broken = [(alone, f"{names[rank]}: {reason}") for rank, (reason, alone) in enumerate(told) if reason]
+    broken = [
+        (alone, f"{names[rank]} reports: {reason}") for rank, (reason, alone) in enumerate(told) if reason
+    ]
     if broken:  # a rank that was left alone does not know why
         first = first_of([text for _, text in sorted(broken, key=lambda each: each[0])])
         remedy = (
             "check that the firewall allows connections between these machines, or set "
             "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME (NCCL_DEBUG=INFO shows more)"
         )
-        return [fault("collectives", f"ranks cannot exchange tensors: {first}", remedy)], {}
+        return [fault("collectives", f"ranks cannot exchange tensors; {first}", remedy)], {}
     return [_judge(pairs, names, numbers, device.type)], numbers
 
 
@@ -170,13 +172,16 @@ def _judge(
     numbers["pair"] = statistics.median(rates.values())
     text = (
         f"all-reduce {numbers['all_reduce'] / 1e9:,.2f} GB/s, all-to-all "
-        f"{numbers['all_to_all'] / 1e9:,.2f} GB/s, median pair of ranks {numbers['pair'] / 1e9:,.2f} "
-        "GB/s"
+        f"{numbers['all_to_all'] / 1e9:,.2f} GB/s, between two ranks {numbers['pair'] / 1e9:,.2f} "
+        "GB/s (median over pairs)"
     )
-    slow = [f"{names[a]} with {names[b]}: {rates[a, b] / 1e9:,.2f} GB/s" for a, b in _slow_pairs(rates, kind)]
+    slow = [
+        f"{rates[a, b] / 1e9:,.2f} GB/s between {names[a]} and {names[b]}"
+        for a, b in _slow_pairs(rates, kind)
+    ]
     if slow:
         remedy = "check the cable, switch port and network card of these machines"
-        return fault("collectives", f"{text}; slow: {first_of(slow)}", remedy)
+        return fault("collectives", f"{text}; too slow: {first_of(slow)}", remedy)
     return ok("collectives", text)
 
 
@@ -206,8 +211,8 @@ def _loopback() -> list[Finding]:
         return [
             fault(
                 "ports",
-                f"this machine cannot reach itself: {why}",
+                f"this machine cannot connect to its own address 127.0.0.1: {why}",
                 "allow connections to 127.0.0.1 in the firewall",
             )
         ]
-    return [ok("ports", "this machine can reach itself")]
+    return [ok("ports", "this machine can connect to its own address 127.0.0.1")]

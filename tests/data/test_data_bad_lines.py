@@ -112,7 +112,10 @@ def test_once_the_line_is_mended_the_same_command_continues(
         progress=lambda at, _, count: done.append(count),
         report=said.append,
     )
-    assert done[0] >= 40 and f"a part already read: {inputs[0]}, {inputs[1]};" in said[0]
+    assert (
+        done[0] >= 40
+        and f"saved progress: {inputs[0]}, {inputs[1]} changed after the unfinished run" in said[0]
+    )
     (whole,) = preprocess(inputs, str(tmp_path / "q"), recipe)
     for ending in ("bin", "idx"):
         assert Path(f"{pair.prefix}.{ending}").read_bytes() == Path(f"{whole.prefix}.{ending}").read_bytes()

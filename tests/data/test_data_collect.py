@@ -148,7 +148,7 @@ def test_a_folder_that_cannot_be_read_is_told(
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(DataError, match="deep/er: cannot be read: Permission denied"):
+    with pytest.raises(DataError, match="deep/er cannot be read: Permission denied"):
         write_corpus(str(tree), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

@@ -197,8 +197,8 @@ def test_sizes_may_lie_at_an_odd_byte(impl):
         ([5], [0], 2, 0, 5, 1, "num_epochs=0"),
         ([5], [0], 2, 1, 0, 1, "tokens_per_epoch=0"),
         ([5], [0], 2, 1, 5, 2, "add_extra_token=2"),
-        ([5], [0], 2, 1, 9, 1, "hold 5 tokens, not 9"),
-        ([5], [], 2, 1, 9, 1, "hold 0 tokens, not 9"),
+        ([5], [0], 2, 1, 9, 1, "have 5 tokens in total, but num_tokens is 9"),
+        ([5], [], 2, 1, 9, 1, "have 0 tokens in total, but num_tokens is 9"),
         ([5, -3], [0, 1], 2, 1, 9, 1, "-3"),
         ([5], [0], 2**62, 1, 2**62, 1, "2\\*\\*63"),
         ([2**31], [0], 2, 1, 9, 1, "sizes must fit int32"),
@@ -272,7 +272,7 @@ def test_shuffle_index_is_megatron_cores(impl, num_samples, rest, seed):
 
 
 def test_shuffle_index_refuses_a_part_larger_than_the_whole():
-    with pytest.raises(ValueError, match="num_samples must be from 0 to 3, the total, got 4"):
+    with pytest.raises(ValueError, match="num_samples must be from 0 to total = 3, got 4"):
         index.shuffle_index(4, 3, np.random.RandomState(0))
 
 

@@ -119,5 +119,5 @@ def test_a_hollow_file_is_truncated_and_an_empty_text_is_not(tmp_path: Path) -> 
         DataError, match=r"empty file: [^,]*b\.jsonl\.gz, [^,]*c\.zst, [^,]*d\.parquet\n"
     ) as caught:
         total_bytes([str(path) for path in paths])
-    assert "download it again" in caught.value.remedy
+    assert "download or write the file again" in caught.value.remedy
     assert total_bytes([str(paths[0]), str(paths[4])]) == 0

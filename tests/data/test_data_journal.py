@@ -132,6 +132,6 @@ def test_a_journal_that_its_owner_removes_before_it_is_locked_is_opened_again(
 def test_another_file_of_that_name_is_left_alone(path: str, foreign: bytes) -> None:
     Path(path).write_bytes(foreign)
     for overwrite in (False, True):
-        with pytest.raises(DataError, match=r"p\.journal: .* but the file exists already"):
+        with pytest.raises(DataError, match=r"p\.journal: .* but another file already has it"):
             Journal(path, SETTINGS, INPUTS, overwrite=overwrite)
         assert Path(path).read_bytes() == foreign

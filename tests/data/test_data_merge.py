@@ -112,7 +112,7 @@ DAMAGE = {
     "longer tokens": ("bin", lambda data: data + b"\0\0", r"p_text_document\.bin, byte \d+"),
     "changed index": ("idx", lambda data: data[:-1] + b"\x01", r"p_text_document\.idx: the file has changed"),
     "no manifest": ("manifest.json", None, r"manifest\.json: no such manifest"),
-    "broken manifest": ("manifest.json", lambda data: data[:-9], r"manifest\.json: cannot be read"),
+    "broken manifest": ("manifest.json", lambda data: data[:-9], r"manifest\.json cannot be read"),
     "foreign manifest": ("manifest.json", lambda data: b'{"version": 1}', r"not a manifest of token files"),
     "list": ("manifest.json", lambda data: b"[1]", r"not a manifest of token files"),
     "newer manifest": (

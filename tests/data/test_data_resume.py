@@ -261,7 +261,7 @@ def test_an_input_that_another_program_writes_to_is_not_trusted(
 
 def test_an_input_that_goes_away_is_told(tmp_path: Path, job: tuple[list[str], EncodeSettings]) -> None:
     inputs, recipe = job
-    with pytest.raises(DataError, match=r"b\.txt: cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"b\.txt cannot be read: No such file"):
         preprocess(
             inputs,
             str(tmp_path / "out" / "p"),

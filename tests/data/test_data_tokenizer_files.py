@@ -71,7 +71,7 @@ class TestEndOfDocument:
 
     def test_a_name_that_the_vocabulary_lacks_is_refused(self, folder: Path) -> None:
         (folder / "tokenizer_config.json").write_text('{"eos_token": "<other>"}')
-        with pytest.raises(DataError, match="eos_token of its settings, <other>, is not in its vocabulary"):
+        with pytest.raises(DataError, match="eos_token of the tokenizer, <other>, is not in its vocabulary"):
             _ = of_file(folder).eod
         assert of_file(folder, eod_token="</s>").eod == 1
 

@@ -55,7 +55,7 @@ def test_sound_machines() -> None:
         ({"rate": 690e12}, {}),
         ({"gpu": ""}, {"devices": "fault"}),
         ({"gpu": "A100"}, {"devices": "note"}),
-        ({"gpu_faults": ["GPU 3: 2 uncorrected memory errors"]}, {"GPU": "fault"}),
+        ({"gpu_faults": ["GPU 3 has 2 uncorrected memory errors"]}, {"GPU": "fault"}),
         ({"shm": 64 << 20}, {"/dev/shm": "fault"}),  # what a container has that nobody has told
         ({"cores": 1}, {"cores": "fault"}),  # Slurm without --cpus-per-task
         ({"resolves": "127.0.1.1"}, {"host names": "fault"}),
@@ -89,7 +89,7 @@ def test_a_slow_pair() -> None:
     rates = {(a, a ^ 1 << bit): 1e9 for bit in range(3) for a in range(8) if not a & 1 << bit}
     assert len(rates) == 12 and network._judge(rates, names, numbers, "cpu").level == "ok"
     slow = network._judge(rates | {(2, 6): 0.05e9}, names, numbers, "cpu")
-    assert slow.level == "fault" and "slow: rank 2 with rank 6: 0.05 GB/s" in slow.text
+    assert slow.level == "fault" and "slow: 0.05 GB/s between rank 2 and rank 6" in slow.text
     assert network._judge({(0, 1): 1e9, (2, 3): 1e6}, names, numbers, "cpu").level == "ok"  # none is usual
 
 

@@ -137,7 +137,10 @@ class TestData:
             b"PK\x03\x04 something else altogether, and long enough for a header"
         )
         message = refused("--data-path", prefix, status=3)
-        assert f"{prefix}.idx, byte 0: expected the magic" in message and "check the prefix" in message
+        assert (
+            f"{prefix}.idx, byte 0: expected the magic" in message
+            and "give the prefix of an index" in message
+        )
 
     def test_samples_longer_than_the_data(self, refused: Refused, tmp_path: Path) -> None:
         prefix = numbers(tmp_path / "numbers")
@@ -151,7 +154,7 @@ class TestData:
     def test_token_beyond_the_vocabulary(self, refused: Refused, tmp_path: Path) -> None:
         prefix = numbers(tmp_path / "numbers", wrong=300)
         message = refused("--data-path", prefix, status=3)
-        assert f"{prefix}.bin, byte " in message and "token id 300, but the vocabulary has 257 ids" in message
+        assert f"{prefix}.bin, byte " in message and "token id 300 is outside the vocabulary" in message
 
     def test_other_tokens_than_the_checkpoint_has_read(self, zygote: Zygote, tmp_path: Path) -> None:
         """With the same settings; a copy of the same tokens goes on."""

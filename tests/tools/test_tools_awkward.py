@@ -83,11 +83,13 @@ CASES = {
     ),
     "negative tokens": case("inspect_data p --tokens -5", 2, "--tokens = -5: must be at least 0"),
     # data: status 3
-    "another p.journal": case(PREPROCESS, 3, "name, but the file exists already", p__journal=b"Dear diary\n"),
+    "another p.journal": case(
+        PREPROCESS, 3, "name, but another file already has it", p__journal=b"Dear diary\n"
+    ),
     "another p.journal, overwrite": case(
         PREPROCESS + " --overwrite",
         3,
-        ("name, but the file exists already"),
+        ("name, but another file already has it"),
         p__journal=b'{"dear": "diary"}\n',
     ),
     "a journal of another version": case(
@@ -97,7 +99,7 @@ CASES = {
         p__journal=HEAD.replace(b"1", b"9", 1),
     ),
     "a folder in the way": case(
-        PREPROCESS, 3, "p_text_document.bin.partial: cannot be written", p_text_document__bin__partial=None
+        PREPROCESS, 3, "p_text_document.bin.partial cannot be written", p_text_document__bin__partial=None
     ),
     "UTF-16": case(
         PREPROCESS,
@@ -112,11 +114,11 @@ CASES = {
         p__manifest__json=b'{"version": 1, "bin": {"bytes": "x", "sha256": 5}}',
     ),
     "a manifest without end": case(
-        "inspect_data p --verify", 3, "p.manifest.json: cannot be read", p__manifest__json=b"[" * 100_000
+        "inspect_data p --verify", 3, "p.manifest.json cannot be read", p__manifest__json=b"[" * 100_000
     ),
     "a corpus without a name": case("make_corpus --root . --output=", 2, "--output = '': must not be empty"),
     "a corpus in a folder's place": case(
-        "make_corpus --root . --output c", 3, "c: cannot be written, because it is not a file", c=None
+        "make_corpus --root . --output c", 3, "c cannot be written, because it is not a file", c=None
     ),
 }
 
@@ -163,7 +165,7 @@ def test_a_disk_too_full_for_the_first_line_of_the_journal(tmp_path: Path, size:
         tmp_path,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
     )
-    assert status == 3 and "p.journal: cannot be written: File too large\n  remedy: free up space" in err, err
+    assert status == 3 and "p.journal cannot be written: File too large\n  remedy: free up space" in err, err
     assert tree(tmp_path) == before
 
 
@@ -272,7 +274,7 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path: Path, make: Callable[[Path
     (tmp_path / "root" / "one.txt").write_text("one")
     make(tmp_path)
     status, _, err = run(["make_corpus", "--root", "root", "--output", "c.jsonl"], tmp_path)
-    assert status == 3 and "c.jsonl: cannot be written, because it is not a file" in err
+    assert status == 3 and "c.jsonl cannot be written, because it is not a file" in err
     assert (tmp_path / "c.jsonl").is_fifo()
     status, _, err = run(f"preprocess_data --input c.jsonl {PREPROCESS.split(' ', 3)[3]}".split(), tmp_path)
     assert status == 3 and "remedy: write it to a file first" in err, err

@@ -61,12 +61,12 @@ py::array bind_sample_index(const Array<int32_t>& sizes, const Array<Document>& 
   if (extra != 0 && extra != 1) throw std::invalid_argument("extra must be 0 or 1, got " + std::to_string(extra));
   int64_t reach;
   if (__builtin_add_overflow(num_samples, 1, &reach) || __builtin_mul_overflow(reach, seq_length, &reach)) {
-    throw std::invalid_argument("num_samples = " + std::to_string(num_samples) + " samples of seq_length = " +
-                                std::to_string(seq_length) + " tokens have 2**63 tokens or more");
+    throw std::invalid_argument("(num_samples + 1) * seq_length must be less than 2**63, got num_samples = " +
+                                std::to_string(num_samples) + " and seq_length = " + std::to_string(seq_length));
   }
   if (!wide && order.size() > std::numeric_limits<int32_t>::max()) {
     throw std::invalid_argument("document_index has " + std::to_string(order.size()) +
-                                " elements, too many for int32 rows; pass wide=True");
+                                " elements, but int32 rows allow at most 2**31 - 1; pass wide=True");
   }
   const SampleCut cut{seq_length, num_samples, num_tokens, extra};
   const auto sizes_view = view(sizes, "sizes");
@@ -107,7 +107,7 @@ py::tuple bind_blending_indices(const Array<double>& weights, int64_t size) {
   const std::vector<double> wanted = shares(weights, "weights");
   for (std::size_t i = 0; i < wanted.size(); ++i) {
     if (!std::isfinite(wanted[i]) || wanted[i] <= 0) {
-      throw std::invalid_argument("weights[" + std::to_string(i) + "] must be greater than 0, got " +
+      throw std::invalid_argument("weights[" + std::to_string(i) + "] must be finite and greater than 0, got " +
                                   std::to_string(wanted[i]));
     }
   }
@@ -129,7 +129,7 @@ py::tuple bind_exhaustive_blending_indices(const Array<int64_t>& sizes) {
   for (std::size_t i = 0; i < wanted.size(); ++i) {
     if (wanted[i] < 0 || __builtin_add_overflow(total, wanted[i], &total)) {
       throw std::invalid_argument("sizes[" + std::to_string(i) + "] = " + std::to_string(wanted[i]) +
-                                  " must be at least 0, and all sizes together less than 2**63");
+                                  ": each size must be at least 0, and the sum of all sizes must be less than 2**63");
     }
   }
   Array<int16_t> set(total);

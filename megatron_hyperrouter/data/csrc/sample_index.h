@@ -88,8 +88,8 @@ void cut_samples(View<Size> sizes, View<Document> order, const SampleCut& cut, O
   if (row > cut.num_samples) return;
   // Only a last sample that is shorter than the others can be left.
   if (documents == 0 || row < cut.num_samples || before < std::max(cut.num_tokens, cut.extra)) {
-    throw std::invalid_argument("the documents in document_index hold " + std::to_string(before) + " tokens, not " +
-                                std::to_string(cut.num_tokens));
+    throw std::invalid_argument("the documents in document_index have " + std::to_string(before) +
+                                " tokens in total, but num_tokens is " + std::to_string(cut.num_tokens));
   }
   // megatron-core ends in the last document even when that is empty; with an extra token that would be token -1 of it.
   int64_t last = documents - 1;

@@ -45,7 +45,7 @@ def sample_index(
         )
     lengths = sizes[document_index]
     if len(lengths) and lengths.min() < 0:
-        raise ValueError(f"sizes contain the negative value {lengths.min()}")
+        raise ValueError(f"sizes must be at least 0, but one is {lengths.min()}")
     ends = np.cumsum(lengths, dtype=np.int64)
     boundaries = np.arange(1, num_samples + 1, dtype=np.int64) * seq_length
     # Row k belongs to the document of token boundary + extra - 1, the last one that sample k - 1 reads.
@@ -57,7 +57,10 @@ def sample_index(
         before = int(ends[-1]) if len(ends) else 0
         # only the last sample can be left, and only if it is shorter than the others
         if inside < num_samples - 1 or before < num_tokens:
-            raise ValueError(f"the documents in document_index hold {before} tokens, not {num_tokens}")
+            raise ValueError(
+                f"the documents in document_index have {before} tokens in total, "
+                f"but num_tokens is {num_tokens}"
+            )
         # As in megatron-core: the last document, even if it is empty, but never token -1 of it.
         last = len(lengths) - 1 if lengths[-1] >= extra else int(np.flatnonzero(lengths)[-1])
         rows[-1] = last, lengths[last] - extra
@@ -82,7 +85,7 @@ def blending_indices(weights: npt.NDArray[np.float64], size: int) -> BlendIndice
     """
     _check_count(len(weights), "weights")
     if not np.isfinite(weights).all() or weights.min() <= 0:
-        raise ValueError(f"weights must be greater than 0, got {weights.tolist()}")
+        raise ValueError(f"weights must be finite and greater than 0, got {weights.tolist()}")
     if size < 0:
         raise ValueError(f"size must be at least 0, got {size}")
     return _blend(weights, np.full(len(weights), size + 1), size)
@@ -140,11 +143,11 @@ def gather(
                 f"document {document} has {size} tokens, but tokens {low} to {high} are requested"
             )
         if high - low > len(out) - filled:
-            raise IndexError(f"the sample has more than {len(out)} tokens")
+            raise IndexError(f"the sample has more than {len(out)} tokens, the size of out")
         out[filled : filled + high - low] = tokens[start + low : start + high]
         filled += high - low
     if filled != len(out):
-        raise IndexError(f"the sample has {filled} tokens, not {len(out)}")
+        raise IndexError(f"the sample has {filled} tokens, but the size of out is {len(out)}")
     if not len(out) or 0 <= out.min() <= out.max() < limit:
         return -1
     return int(np.flatnonzero((out < 0) | (out >= limit))[0])

@@ -119,7 +119,9 @@ def sample_index(
     """
     if seq_length < 1 or num_epochs < 1 or tokens_per_epoch < 1 or add_extra_token not in (0, 1):
         given = f"{seq_length=}, {num_epochs=}, {tokens_per_epoch=}, {add_extra_token=}"
-        raise ValueError(f"add_extra_token must be 0 or 1, and the others at least 1, got {given}")
+        raise ValueError(
+            f"add_extra_token must be 0 or 1, and the other three values at least 1, got {given}"
+        )
     order = np.asarray(document_index)
     order = _exact(order, np.int64 if order.dtype == np.int64 else np.int32, "document_index")
     num_tokens = num_epochs * tokens_per_epoch
@@ -127,7 +129,8 @@ def sample_index(
     # exact: megatron-core's float32 is not
     num_samples = usable // seq_length if drop_last else -(-usable // seq_length)
     if num_tokens + seq_length >= 2**63:
-        raise ValueError(f"2**63 tokens or more: {num_epochs=}, {tokens_per_epoch=}, {seq_length=}")
+        given = f"{num_epochs=}, {tokens_per_epoch=}, {seq_length=}"
+        raise ValueError(f"num_epochs * tokens_per_epoch + seq_length must be less than 2**63, got {given}")
     wide = len(order) > _INT32_MAX
     chosen = impl or IMPLEMENTATIONS[implementation()]
     return chosen.sample_index(
@@ -188,7 +191,7 @@ def shuffle_index(
     uint32, or int64 by need.
     """
     if not 0 <= num_samples <= total:
-        raise ValueError(f"num_samples must be from 0 to {total}, the total, got {num_samples}")
+        raise ValueError(f"num_samples must be from 0 to total = {total}, got {num_samples}")
     order: Integers = np.arange(total, dtype=np.uint32 if total < _UINT32_MAX - 1 else np.int64)
     shuffle(order[:num_samples], random_state, impl=impl)
     if num_samples < total:
@@ -235,7 +238,7 @@ def _exact(values: npt.ArrayLike, dtype: Any, name: str) -> npt.NDArray[Any]:
     converted = np.ascontiguousarray(given, dtype)
     if given.dtype != dtype and not np.array_equal(given, converted):
         raise ValueError(
-            f"the values of {name} must fit {np.dtype(dtype).name}, but they are from {given.min()} to "
-            f"{given.max()} ({given.dtype.name})"
+            f"the values of {name} must fit {np.dtype(dtype).name}, got {given.dtype.name} values "
+            f"from {given.min()} to {given.max()}"
         )
     return converted

@@ -99,7 +99,7 @@ class IndexCache:
                 self.used.append(path)
                 return found
             except OSError as error:
-                refused = f"{path}: cannot be written: {error.strerror or error}"
+                refused = f"{path} cannot be written: {error.strerror or error}"
         console.warn(f"{refused}; every process builds its own copy of the index in memory instead")
         return dict(build())
 
@@ -122,7 +122,7 @@ def file_identity(path: Path) -> CacheKey:
             ends += stream.read(4096)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read: {error.strerror or error}",
+            f"{path} cannot be read: {error.strerror or error}",
             remedy="check its permissions, and check the disk for errors",
         ) from error
     digest = hashlib.blake2b(ends, digest_size=16).hexdigest()

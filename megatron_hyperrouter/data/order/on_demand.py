@@ -103,7 +103,7 @@ class OnDemandOrder:
         if whole < 1:
             raise ValueError(
                 f"one sample needs {seq_length + 1} tokens (--seq-length {seq_length}, plus 1 for the last "
-                f"label), but there are only {self.tokens_per_epoch}"
+                f"label), but the data have only {self.tokens_per_epoch} tokens"
             )
         self._end = whole if num_samples is None else None
         self._num_samples = whole if num_samples is None else num_samples

@@ -91,7 +91,7 @@ def plan_order(tokens_per_epoch: int, *, seq_length: int, num_samples: int | Non
     if per_epoch < 1:
         raise ValueError(
             f"one sample needs {seq_length + 1} tokens (--seq-length {seq_length}, plus 1 for the last "
-            f"label), but there are only {tokens_per_epoch}"
+            f"label), but the data have only {tokens_per_epoch} tokens"
         )
     if num_samples is None:
         return OrderPlan(1, tokens_per_epoch, None)

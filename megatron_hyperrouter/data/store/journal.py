@@ -93,7 +93,8 @@ class Journal:
         start = self._stream.read(len(_START))
         if start.strip(b"\0") and not _START.startswith(start):
             message = (
-                f"{self.path}: preprocessing saves its progress under this name, but the file exists already"
+                f"{self.path}: preprocessing saves its progress under this name, but another file "
+                "already has it"
             )
             raise DataError(message, remedy="move this file away, or choose another --output-prefix")
 

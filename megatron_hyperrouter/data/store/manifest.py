@@ -71,7 +71,7 @@ def read_manifest(prefix: str) -> Manifest:
         remedy = "leave out --verify; only mhr preprocess writes a manifest"
         raise DataError(f"{path}: no such manifest", remedy=remedy) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read: {error}", remedy=_AGAIN) from error
+        raise DataError(f"{path} cannot be read: {error}", remedy=_AGAIN) from error
     try:
         if found["version"] != _VERSION:
             raise DataError(
@@ -180,5 +180,5 @@ def file_sum(path: str, told: Callable[[int], None] | None = None) -> FileSum:
                 if told:
                     told(len(block))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}", remedy=_AGAIN) from error
+        raise DataError(f"{path} cannot be read: {error.strerror or error}", remedy=_AGAIN) from error
     return FileSum(size, digest.hexdigest())

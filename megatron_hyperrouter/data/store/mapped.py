@@ -36,7 +36,7 @@ class Mapped:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(
-                f"{path}: cannot be read: {reason}",
+                f"{path} cannot be read: {reason}",
                 remedy="check its permissions, and check the disk for errors",
             ) from error
         self.content: npt.NDArray[np.uint8] = np.frombuffer(self._map or b"", np.uint8)
@@ -78,7 +78,7 @@ class Mapped:
             ),
             remedy=(
                 "copy the .bin and the .idx file again and continue with --load; do not "
-                "change them while a run reads them"
+                "change these files while a run reads them"
             ),
         )
 

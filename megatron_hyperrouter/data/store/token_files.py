@@ -217,7 +217,7 @@ class IndexedDataset:
             f"{self.document_of(i)}"
         )
         return DataError(
-            f"{place}: token id {token}, but the vocabulary has {vocab_size} ids: 0 to {vocab_size - 1}",
+            f"{place}: token id {token} is outside the vocabulary, which has the ids 0 to {vocab_size - 1}",
             remedy=(
                 "train with the tokenizer that made this file (--tokenizer-type, "
                 "--tokenizer-model), or preprocess the text again"
@@ -237,7 +237,7 @@ class IndexedDataset:
                 0,
                 f"the magic {_MAGIC!r}",
                 f"{magic!r}",
-                "check the prefix, because this is not an index in Megatron format",
+                "give the prefix of an index in Megatron format; this file has another format",
             )
         if version != 1:
             raise self._bad_index(9, "version 1", f"version {version}")
@@ -418,8 +418,8 @@ class IndexedWriter:
                 if not limits.min <= extreme <= limits.max:
                     place = f"{self.prefix}.bin, document {self.num_documents}"
                     remedy = (
-                        f"use a larger integer type than {self.dtype.name}, "
-                        "which the vocabulary of the tokenizer needs"
+                        "use an integer type that can store all ids of the tokenizer's vocabulary, "
+                        f"instead of {self.dtype.name}"
                     )
                     raise DataError(
                         f"{place}: token id {extreme} does not fit {self.dtype.name}", remedy=remedy

@@ -47,7 +47,11 @@ def write_corpus(
     """
     if max_bytes is not None and max_bytes < 1:
         raise ConfigError(
-            [Problem("--max-bytes", max_bytes, "must be at least 1", "leave it out to take all files")]
+            [
+                Problem(
+                    "--max-bytes", max_bytes, "must be at least 1", "leave out --max-bytes to take all files"
+                )
+            ]
         )
     own = {
         os.path.relpath(os.path.realpath(f"{output}{ending}"), os.path.realpath(root))
@@ -106,7 +110,7 @@ def find_text_files(root: str) -> list[str]:
 def _refuse(error: OSError) -> None:
     """Refuse a folder that cannot be read; otherwise a part of the corpus would be missing silently."""
     if not isinstance(error, FileNotFoundError):  # removed meanwhile
-        message = f"{error.filename}: cannot be read: {error.strerror}"
+        message = f"{error.filename} cannot be read: {error.strerror}"
         raise DataError(message, remedy="make the folder readable, or choose another --root") from error
 
 

@@ -140,10 +140,10 @@ def total_bytes(paths: Sequence[str]) -> int:
         remedy = (
             f"give files, for example '{folders[0]}/**/*.jsonl'"
             if folders
-            else "set --input to existing files"
+            else "set --input to files that exist and can be read"
         )
         if not folders and any(os.path.exists(path) and not os.path.isfile(path) for path in bad):
-            remedy = "write it to a file first, because a pipe or a device cannot be read twice"
+            remedy = "save the input in a regular file first; a pipe or a device cannot be read twice"
         raise DataError("no readable input file: " + ", ".join(bad), remedy=remedy)
     hollow = [
         path for path in paths if path.lower().endswith((*SUFFIXES, *_PARQUET_SUFFIXES)) and not size_of(path)
@@ -151,7 +151,7 @@ def total_bytes(paths: Sequence[str]) -> int:
     if hollow:
         raise DataError(
             "empty file: " + ", ".join(hollow),
-            remedy="download it again",
+            remedy="download or write the file again",
         )
     return sum(map(size_of, paths))
 
@@ -203,8 +203,8 @@ def _status_of(path: str) -> os.stat_result:
         return os.stat(path)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read: {error.strerror}",
-            remedy="make the file readable, and do not move it while this command runs",
+            f"{path} cannot be read: {error.strerror}",
+            remedy="make the file readable, and do not move the file while this command runs",
         ) from error
 
 
@@ -245,6 +245,6 @@ def _raw_head(path: str) -> bytes:
             return stream.read(16)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be opened: {error.strerror}",
-            remedy="make the file readable, or choose another one",
+            f"{path} cannot be opened: {error.strerror}",
+            remedy="make the file readable, or choose another file",
         ) from error

@@ -137,7 +137,9 @@ def _stretches(
     begin = passed = 0
     for end, until in enumerate(accumulate(sizes), start=1):
         if sizes[end - 1] > MOST_VALUE_BYTES:
-            message = f"{path}, row {row + end}: the text has {sizes[end - 1]} bytes, which is too long"
+            message = (
+                f"{path}, row {row + end}: the text has {sizes[end - 1]} bytes, which is more than the limit"
+            )
             raise DataError(message, remedy=f"split the text into parts of at most {MOST_VALUE_BYTES} bytes")
         if until - passed >= batch_bytes:
             yield begin, end
@@ -196,7 +198,7 @@ def _check_columns(path: str, keys: Sequence[str], names: Sequence[str]) -> None
 
 def _damaged(path: str, place: str, error: Exception) -> DataError:
     reason = str(error).strip().split("\n", 1)[0]
-    message = f"{path}, {place}: cannot be read: {reason}"
+    message = f"{place} of {path} cannot be read: {reason}"
     return DataError(
         message, remedy=("download or write the file again; it is truncated, damaged or not Parquet")
     )

@@ -32,7 +32,7 @@ _ZSTD_INPUT = 1 << 14  # fed at a time, so that a highly compressed file cannot 
 def refusal(error: OSError, path: str, instead: str) -> tuple[str, str]:
     """Message and remedy where ``path`` cannot be written; ``instead``: what else the user can do."""
     mend = "free up space on that disk" if error.errno in _NO_ROOM else "make that folder writable"
-    return f"{error.filename or path}: cannot be written: {error.strerror or error}", f"{mend}, or {instead}"
+    return f"{error.filename or path} cannot be written: {error.strerror or error}", f"{mend}, or {instead}"
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     """
     if not Path(path).name or (os.path.exists(path) and not os.path.isfile(path)):
         raise DataError(
-            (f"{path or repr(path)}: cannot be written, because it is not a file"),
+            (f"{path or repr(path)} cannot be written, because it is not a file"),
             remedy="choose another output",
         )
     partial = Path(f"{path}.partial")
@@ -83,8 +83,8 @@ class _DecompressedFile(io.RawIOBase):
             self.on_disk = io.FileIO(path)
         except OSError as error:
             raise DataError(
-                f"{path}: cannot be opened: {error.strerror}",
-                remedy="make the file readable, or choose another one",
+                f"{path} cannot be opened: {error.strerror}",
+                remedy="make the file readable, or choose another file",
             ) from error
         self._inner: gzip.GzipFile | io.RawIOBase = self.on_disk
         if path.endswith(".gz"):
@@ -99,7 +99,7 @@ class _DecompressedFile(io.RawIOBase):
         try:
             return self._inner.readinto(buffer) or 0
         except (OSError, EOFError, zlib.error) as error:
-            message = f"{self._path}, byte {self.on_disk.tell()}: cannot be read further: {error}"
+            message = f"{self._path} cannot be read beyond byte {self.on_disk.tell()}: {error}"
             raise DataError(
                 message, remedy="download or compress the file again; it is truncated or damaged"
             ) from error

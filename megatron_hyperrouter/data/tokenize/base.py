@@ -134,7 +134,9 @@ def no_end_token(path: str, name: str | None, known: Iterable[str] = ()) -> Data
         return DataError(message, remedy="give the token with --eod-token TOKEN, or leave out --append-eod")
     listed = ", ".join(known)
     suggestion = (
-        (f"choose one of its special tokens: {listed}") if listed else "choose a token of the vocabulary"
+        (f"choose one of the special tokens of the tokenizer: {listed}")
+        if listed
+        else "choose a token that the vocabulary contains"
     )
     return DataError(f"{path}: --eod-token {name} is not in the vocabulary", remedy=suggestion)
 

@@ -65,7 +65,7 @@ class TokenizerFiles:
             try:
                 digest.update(path.read_bytes())
             except OSError as error:
-                raise DataError(f"{path}: cannot be read: {error.strerror}", remedy=REMEDY) from error
+                raise DataError(f"{path} cannot be read: {error.strerror}", remedy=REMEDY) from error
         return digest.hexdigest()
 
     def special_tokens(self) -> dict[str, str]:
@@ -111,7 +111,7 @@ class HuggingFaceTokenizer(Tokenizer):
             return self._vocab[self._eod_token]
         named = self.files.special_tokens().get("eos_token")
         if named and named not in self._vocab:
-            message = f"{self.path}: the eos_token of its settings, {named}, is not in its vocabulary"
+            message = f"{self.path}: the eos_token of the tokenizer, {named}, is not in its vocabulary"
             remedy = "correct eos_token in tokenizer_config.json, or give the token with --eod-token"
             raise DataError(message, remedy=remedy)
         for name in [named] if named else END_TOKENS:
@@ -391,7 +391,7 @@ def _json_object(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            (f"{path}: cannot be read: {error}"), remedy="download or write the file again"
+            (f"{path} cannot be read: {error}"), remedy="download or write the file again"
         ) from error
     if not isinstance(found, dict):
         raise DataError(f"{path}: must be a JSON object", remedy="download or write the file again")

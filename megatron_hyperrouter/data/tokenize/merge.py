@@ -118,7 +118,7 @@ def _checked(output_prefix: str, key: str, shards: dict[tuple[int, int], str]) -
                 f"{output_prefix}: the shards of the key {key!r} do not belong together: they were "
                 f"made with --shard I/N for N = {cuts}"
             ),
-            remedy="delete the shards of all but one N",
+            remedy="keep the shards with the right N, and delete all others",
         )
     of = numbers[0]
     missing = [str(InputRange(number, of)) for number in range(1, of + 1) if (number, of) not in shards]

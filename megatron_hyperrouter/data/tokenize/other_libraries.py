@@ -150,7 +150,7 @@ class TikTokenizer(Tokenizer):
         if not 0 < wanted <= len(ranks):
             message = (
                 f"{path} has {len(ranks)} byte strings, but --vocab-size {self.vocab_size} "
-                f"needs {wanted} (and {num_special_tokens} special tokens)"
+                f"needs {wanted} byte strings and {num_special_tokens} special tokens"
             )
             raise DataError(
                 message, remedy=f"use a --vocab-size of at most {num_special_tokens + len(ranks)}"

@@ -126,8 +126,8 @@ def preprocess(
     run = _Preprocessing(job, encoder, overwrite, save_seconds, progress)
     if run.mended and report:
         report(
-            f"changed since the unfinished run, but not in a part already read: {', '.join(run.mended)}; "
-            "continuing from the saved progress"
+            f"continuing from the saved progress: {', '.join(run.mended)} changed after the unfinished run, "
+            "but only in parts that this run had not read"
         )
     try:
         if not run.saved.complete:
@@ -396,7 +396,7 @@ def _check(job: Job, workers: int, save_seconds: float) -> None:
                 "--output-prefix",
                 "''",
                 "must not be empty",
-                ("set it to the start of the output name, such as data/corpus"),
+                "set --output-prefix to the start of the output names, such as data/corpus",
             )
         )
     elif job.output_prefix.endswith("/"):
