@@ -63,7 +63,7 @@ for ((i = 0; i < ${#launcher[@]}; i++)); do
   names=" ${list//@/ } "
   for name in $names; do
     host=${name%%:*} asked=${name#*:}
-    [[ " ${hosts[*]} " == *" $host "* ]] || fail "$choice: $host is not in $hostfile" "use the machines that it lists: ${hosts[*]}"
+    [[ " ${hosts[*]} " == *" $host "* ]] || fail "$choice: $host is not in $hostfile" "use the machines of that file: ${hosts[*]}"
     [ "$name" != "$host" ] || continue
     [[ $name =~ ^[^:]+:[0-9]+(,[0-9]+)*$ ]] || fail "$choice: '$name' must be a machine and its slots" "write it as: $host:0,1"
     last=$((${slots[$host]} - 1))

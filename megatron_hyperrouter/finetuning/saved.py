@@ -97,7 +97,7 @@ class SeedFolder:
         folder = find(self.path)
         if folder is None:
             raise CheckpointError(
-                f"{self.path} no longer has the checkpoint that was best on dev",
+                f"{self.path} no longer has the checkpoint with the best score on the dev split",
                 remedy="choose another --output, or remove this folder to start again",
             )
         self.engine.load(folder, weights_only=True)

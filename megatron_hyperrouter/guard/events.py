@@ -74,7 +74,7 @@ def cause_of_restart(events: Sequence[Mapping[str, Fact]]) -> str:
     if closing["event"] == "stop":
         return f"the previous attempt was stopped by {closing.get('reason', 'a request')}"
     lines = str(closing.get("message", "")).splitlines()
-    return f"the previous attempt failed: {closing.get('error', 'error')}: {lines[0] if lines else ''}"
+    return f"the previous attempt failed with {closing.get('error', 'error')}: {lines[0] if lines else ''}"
 
 
 def last_words(events: Sequence[Mapping[str, Fact]]) -> Mapping[str, Fact] | None:

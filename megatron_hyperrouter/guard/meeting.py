@@ -95,7 +95,9 @@ def wait_for_name(host: str) -> None:
         except OSError as error:
             if time.monotonic() > end:
                 rule = f"cannot be resolved on {socket.gethostname()} ({error.strerror or error})"
-                remedy = "set it to the address of rank 0, or correct DNS or /etc/hosts on that machine"
+                remedy = (
+                    "set MASTER_ADDR to the address of rank 0, or correct DNS or /etc/hosts on this machine"
+                )
                 raise ConfigError([Problem("MASTER_ADDR", host, rule, remedy)]) from error
         time.sleep(1.0)
 

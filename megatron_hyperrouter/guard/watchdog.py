@@ -139,7 +139,7 @@ class Watchdog:
     def _suspects(self, beats: Mapping[int, Beat]) -> list[str]:
         """One line for each rank for which the others are waiting."""
         if lost := self._lost(beats):
-            silent = "it has been silent for"
+            silent = "this rank has been silent for"
             return [f"{describe(beats[rank])}; {silent} {self._silent(rank):.0f} s" for rank in lost]
         now = {**beats, self._rank: self._own_beat()}
         return [describe(now[rank]) for rank in apart(now)] or [

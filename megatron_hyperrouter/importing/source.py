@@ -22,9 +22,9 @@ MOE: dict[str, Naming] = {
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")
 UNLIKE = {
-    "OlmoeForCausalLM": "each of its q/k norms spans all heads, which is not supported",
-    "GptOssForCausalLM": "its biases and attention sinks are not supported",
-    "HyperRouterForCausalLM": "it was exported with --custom-code, so only transformers can load it",
+    "OlmoeForCausalLM": "each q/k norm of this class spans all heads, which is not supported",
+    "GptOssForCausalLM": "the biases and attention sinks of this class are not supported",
+    "HyperRouterForCausalLM": "models exported with --custom-code can be loaded only by transformers",
 }
 
 
@@ -129,7 +129,7 @@ def open_folder(path: Path) -> HfFolder:
             remedy="use the folder of a Hugging Face model",
         ) from error
     if architecture not in MOE and architecture not in DENSE:
-        reason = UNLIKE.get(architecture, f"the supported models are {', '.join((*MOE, *DENSE))}")
+        reason = UNLIKE.get(architecture, f"the supported classes are {', '.join((*MOE, *DENSE))}")
         export = "; if mhr export-hf wrote this folder, use the run that was exported"
         remedy = f"choose another model{export if 'auto_map' in config else ''}"
         raise CheckpointError(f"{path}: model class {architecture} cannot be used: {reason}", remedy=remedy)

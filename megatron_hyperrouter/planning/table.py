@@ -19,7 +19,8 @@ _SIZES = (
 )
 _MOST_REASONS = 8
 _LEGEND = (
-    "optimizer: how the ranks divide the optimizer state (ZeRO stage; sharded: distributed optimizer).\n"
+    "optimizer: how the ranks divide the optimizer state (ZeRO-N: ZeRO stage N; sharded: by the "
+    "distributed\noptimizer; replicated: not divided).\n"
     "micro: micro-batch size. GiB: predicted memory of the rank that needs the most.\n"
     "s / step and tokens/s: predicted step time, and predicted speed of all GPUs together."
 )

@@ -41,8 +41,8 @@ def verify(plan: Plan, best: int, vocab_size: int, note: Callable[[str], None]) 
         if peak > plan.machine.memory:
             each.fits = False
             reason = (
-                f"its dry run needs {peak / GIB:.1f} GiB, but a GPU has {plan.machine.memory / GIB:.1f} GiB "
-                f"({each.use.total / GIB:.1f} GiB were predicted)"
+                f"the dry run of this layout needs {peak / GIB:.1f} GiB, but a GPU has "
+                f"{plan.machine.memory / GIB:.1f} GiB ({each.use.total / GIB:.1f} GiB were predicted)"
             )
             plan.refused.append(Refusal(each.candidate.layout(), reason, (reason,)))
     plan.layouts.sort(key=lambda each: not each.fits)

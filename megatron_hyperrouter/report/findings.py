@@ -20,12 +20,12 @@ MEASURES = (
     ("largest_similarity", "largest similarity", ".3f"),
 )
 MEASURES_NOTE = (
-    "Entropy: of the softmax of a token's logits over all experts. Logit std: standard deviation of a "
-    "token's logits. Mutual information: between token and expert; it is 0 if the router scores are the "
-    "same for every token. Load: number of tokens that an expert gets. Effective experts: exp of the "
-    "entropy of the loads (all experts if the loads are equal). Dead experts: number of experts with less "
-    "than 5 % of the mean load. Similarity: linear CKA between the outputs of two experts, mean and "
-    "largest value over all pairs."
+    "Entropy: the entropy of the softmax of a token's logits over all experts. Logit std: the standard "
+    "deviation of a token's logits. Mutual information: the mutual information between token and "
+    "expert, which is 0 if the router scores are the same for every token. Load: number of tokens that "
+    "an expert gets. Effective experts: exp of the entropy of the loads (all experts if the loads are "
+    "equal). Dead experts: number of experts with less than 5 % of the mean load. Similarity: linear "
+    "CKA between the outputs of two experts, mean and largest value over all pairs."
 )
 JACOBIAN = (
     ("share", "share of J_R in J", ".3f"),
@@ -162,11 +162,12 @@ def jacobian_chapter(results: Sequence[Mapping[str, Any]], title: str = "") -> S
 JACOBIAN_NOTE = (
     "J is the Jacobian of an MoE layer, and J_R is the part of J that comes from the router. Share of "
     "J_R in J: |J_R|^2 / |J|^2, mean over tokens. Effective rank: exp of the entropy of the eigenvalues "
-    "of the mean of J_R^T J_R. The span is that of the rows of the router matrix. Drift: share of the "
-    "span that lies outside the span at the start of training (0: the router has not moved). Inputs in "
-    "span: share of the variance of the layer's inputs that lies in the span; the last column is this "
-    "share for a random span of the same dimension. At k = 1, J_R is 0 if the routing weights sum to 1, "
-    "because the only weight is then constant. A router that is not a linear map has no span (-)."
+    "of the mean of J_R^T J_R. Span: the space that the rows of the router matrix span. Drift: share of "
+    "the span that lies outside the span at the start of training (0: the router has not moved). Inputs "
+    "in span: share of the variance of the layer's inputs that lies in the span. Inputs in span, by "
+    "chance: the same share for a random span of the same dimension. At k = 1, J_R is 0 if the routing "
+    "weights sum to 1, because the only weight is then constant. A router that is not a linear map has "
+    "no span (-)."
 )
 
 

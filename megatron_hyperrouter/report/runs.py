@@ -139,12 +139,12 @@ def router_chapter(named: Mapping[str, TrainingRun], drawing: Drawing) -> Sectio
             section.figure(_layers(run, part, drawing, legend=first == 0))
     if section.parts:
         section.text(
-            "For each layer, measured on training batches. Entropy: of the softmax of a token's logits "
-            "over all experts. It depends on the scale of the logits, so read it together with the "
-            "logit std, the standard deviation of a token's logits. Mutual information: between token "
-            "and expert; it is 0 if the router scores are the same for every token. If both entropy "
-            "and mutual information are low, the router has collapsed. An expert is dead if it has "
-            "less than 5 % of the mean load."
+            "For each layer, measured on training batches. Entropy: the entropy of the softmax of a "
+            "token's logits over all experts. The entropy depends on the scale of the logits, so read "
+            "it together with the logit std, the standard deviation of a token's logits. Mutual "
+            "information: the mutual information between token and expert, which is 0 if the router "
+            "scores are the same for every token. If both entropy and mutual information are low, the "
+            "router has collapsed. An expert is dead if it has less than 5 % of the mean load."
         )
     return section
 

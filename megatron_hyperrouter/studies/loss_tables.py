@@ -228,8 +228,8 @@ def markdown(
     seeds = " or ".join(map(str, sorted({seeds for seeds, _ in points.values()})))
     interval = "" if seeds == "1" else "mean ± half of the 95 % t-interval over seeds; "
     about = (
-        f"Scores on the {args.score} split: {interval}number of seeds: {seeds}. FLOPs of the training are an "
-        "estimate, which mhr scaling loss --help explains. Seconds: sum of the step times."
+        f"Scores on the {args.score} split: {interval}number of seeds: {seeds}. The training FLOPs are "
+        "estimated; mhr scaling loss --help explains the estimate. Seconds: sum of the step times."
     )
     return f"{markdown_table(heads, body)}\n{about}\n\n{fits_text(curves, args.size)}"
 

@@ -167,11 +167,12 @@ def markdown(
         f"Columns k = ...: {unit} on the test split with k active experts. Router entropy (in nats) and "
         "load max/mean (load of the busiest expert divided by the mean load) are averages over the last "
         "tenth of the training steps. Step time: median. The other columns use test data at the final k "
-        "of training. Logit std: standard deviation of the logits. MI: mutual information between "
-        "token and expert, in nats. Similarity: mean linear CKA between the outputs of two experts. "
-        "Effective rank: of the router's part of the Jacobian. Drift: share of the span of the router's "
-        "matrix that lies outside its span at the start of training. All values: mean ± half of the 95 % "
-        f"t-interval over seeds; number of seeds: {_listed(seeds)}; training steps: {_listed(steps)}."
+        "of training. Logit std: standard deviation of the logits. MI: mutual information between token "
+        "and expert, in nats. Similarity: mean linear CKA between the outputs of two experts. Effective "
+        "rank: effective rank of the router's part of the Jacobian. Drift: share of the span of the "
+        "router's matrix that lies outside its span at the start of training. All values: mean ± half "
+        f"of the 95 % t-interval over seeds; number of seeds: {_listed(seeds)}; training steps: "
+        f"{_listed(steps)}."
     )
     text = f"{lines('router', table, '')}\n{about}\n"
     if not apart:

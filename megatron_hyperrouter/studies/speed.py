@@ -201,7 +201,7 @@ def layouts_of(args: Namespace) -> list[Layout]:
                     "--layouts",
                     text,
                     "must not contain a fault",
-                    "leave out fault=... in this layout",
+                    "remove fault=... from this layout",
                 )
                 for text in seeded
             ]

@@ -125,8 +125,8 @@ def markdown(
         f"\n{args.scaling.capitalize()} scaling, {' and '.join(sorted(started))}. A run gives the median of "
         f"{counted(args.steps, 'step')} after {counted(args.warmup, 'warm-up step')}; the table has the mean "
         f"± half of the 95 % t-interval over {counted(repeats, 'run')}. Efficiency: tokens per second and "
-        f"rank, divided by those of the first row ({first}). Data wait: fraction of the step time in which "
-        "rank 0 waits for its batch.\n"
+        f"rank, divided by the same value of the first row ({first}). Data wait: fraction of "
+        "the step time in which rank 0 waits for its batch.\n"
     )
     if any(word.endswith("cores") for word in started) and any(
         number > 1 for number, _ in [(ranks, layout), *others]

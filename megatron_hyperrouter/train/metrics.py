@@ -222,7 +222,8 @@ def score(
     if scored < 1:
         raise DataError(
             "the split has no samples to evaluate",
-            remedy="give the split more data: in a run, a larger share in --split or a smaller --seq-length",
+            remedy="give the split more data, for example a larger share in --split, or use a smaller "
+            "--seq-length",
         )
     together = micro_batch_size * place.data_size
     rounds = -(-scored // together)

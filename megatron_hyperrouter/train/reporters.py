@@ -129,7 +129,7 @@ def _import(module: str, *, asked: str, package: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise HostError(
-            (f"{asked} needs the {package} library, which cannot be imported: {error}"),
+            (f"{asked} needs the {package} library, but this library cannot be imported ({error})"),
             remedy=f"run: pip install {package}",
         ) from error
 

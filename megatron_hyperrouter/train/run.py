@@ -360,4 +360,4 @@ class Run:
             back += f" (the checkpoint of step {steps[-1]} may have bad weights)"
         clip = self.config.optimizer.clip_grad
         clipping = f"a --clip-grad less than {clip:g}" if clip else "--clip-grad 1.0"
-        return f"{back}, and try a lower --lr, more --lr-warmup-iters, {clipping}, or --on-bad-step skip"
+        return f"{back}, and try a lower --lr, a larger --lr-warmup-iters, {clipping}, or --on-bad-step skip"

@@ -205,7 +205,7 @@ REFUSED: dict[str, Case] = {
     "DeepSeek-V3 supports dense layers only before the MoE layers": Case(
         {"router": DEEPSEEK_V3, **LATENT, "moe_layer_freq": "[1,0]"}, ""
     ),
-    "DeepSeek-V3 scores a group by its 2 best experts": Case(
+    "DeepSeek-V3 scores a group of experts by its 2 best experts": Case(
         {"router": {**DEEPSEEK_V3, **IN_GROUPS}, **LATENT}, ""
     ),
     "--mlp-type residual": Case({"router": TOPK, "mlp_type": "residual"}, ""),

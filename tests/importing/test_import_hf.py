@@ -118,7 +118,7 @@ REFUSED: dict[str, Any] = {
     "--proof-topk = 2: must be 4: for any other k, DeepseekV3ForCausalLM chooses different experts": case(
         "deepseek_v3", "--proof-topk", "2", topks=[]
     ),
-    "each of its q/k norms spans all heads, which is not supported": case("olmoe", topks=[]),
+    "each q/k norm of this class spans all heads, which is not supported": case("olmoe", topks=[]),
 }
 
 

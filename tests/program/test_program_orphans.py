@@ -118,7 +118,7 @@ def test_a_rank_that_hangs_is_named(zygote: Zygote, text: Path, tmp_path: Path) 
     job.wait()
     assert job.statuses[0] == 1
     (line,) = (line for line in job.stderr.splitlines() if line.startswith("  rank 1 ("))
-    assert f"pid {job.pids[1]}) has been in step " in line and "it has been silent for" in line
+    assert f"pid {job.pids[1]}) has been in step " in line and "this rank has been silent for" in line
     assert "no progress for" in job.stderr and "Current thread" in job.stderr  # the stacks of rank 0
 
 

@@ -48,8 +48,8 @@ class Family:
         if options.groups is not None and self.group_best is None:
             found.append("does not support groups of experts")
         elif options.groups is not None and topk not in (fit := self.topks(run, options)):
-            where = f"; this router does the same only at k = {_span(fit)}" if fit else ""
-            found.append(f"scores a group by its {self.group_best} best experts{where}")
+            where = f"; this router scores groups in the same way only at k = {_span(fit)}" if fit else ""
+            found.append(f"scores a group of experts by its {self.group_best} best experts{where}")
         return found + list(self.lacks(run, options))
 
     def topks(self, run: RunConfig, options: Any) -> tuple[int, ...]:

@@ -111,7 +111,7 @@ class ReplicaCheck:
             raise HyperRouterError(
                 f"step {step}: {_deviation(found)}; up to step {self._alike}, all replicas agreed",
                 remedy=(
-                    "check these machines for memory errors, and continue without the faulty one from a "
+                    "check these machines for memory errors, and continue without the faulty machine from a "
                     f"checkpoint of step {self._alike} or earlier"
                 ),
             )

@@ -60,7 +60,8 @@ def decide(config: RunConfig, *, restarted: bool = False) -> Start:
         if not _is_own(load, own):
             raise CheckpointError(
                 f"--load = {load}: the folder has no finished checkpoint",
-                remedy="use a run folder, its checkpoints/ or one checkpoint, or leave out --load",
+                remedy="use a run folder, its checkpoints/ folder or one checkpoint folder, or leave "
+                "out --load",
             )
         console.note(f"{load} has no finished checkpoint yet: the run starts from scratch")
         return Start()
