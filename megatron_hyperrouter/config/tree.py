@@ -78,8 +78,8 @@ class ModelConfig:
         YamlWord,
         Role.SHAPE,
         Metavar("N|LIST"),
-        "Which layers are MoE layers: N for every Nth layer, beginning with the first; or a list with a 1"
-        " (MoE) or a 0 (dense) for each layer, which may be an expression such as ([0]*1+[1]*26)",
+        "Which layers are MoE layers. N: every Nth layer, beginning with the first; LIST: a 1 "
+        "(MoE) or a 0 (dense) for each layer, also as an expression such as ([0]*1+[1]*26)",
     ] = "1"
     moe_shared_expert_intermediate_size: Annotated[
         Count | None,
@@ -187,8 +187,8 @@ class ParallelConfig:
     sequence_parallel: Annotated[
         bool,
         Role.LAYOUT,
-        "Sequence parallelism: in norms, dropout and the residual stream, each tensor-parallel rank holds a "
-        "part of the sequence",
+        "Sequence parallelism: split the sequence over the tensor-parallel ranks in norms, "
+        "dropout and the residual stream",
     ] = False
 
 
@@ -317,7 +317,7 @@ class DataConfig:
         str | None,
         Role.TOKENIZER,
         Metavar("TOKEN"),
-        "Token that ends a document; default: the one named in the tokenizer's files",
+        "Token that marks the end of a document; default: the end-of-document token in the tokenizer's files",
     ] = None
     tiktoken_pattern: Annotated[
         Literal["v1", "v2"], Role.TOKENIZER, "For TikTokenizer: version of the pre-tokenization pattern"
@@ -331,7 +331,7 @@ class DataConfig:
         tuple[str, ...],
         Role.TOKENIZER,
         Metavar("TOKEN"),
-        "For TikTokenizer: names of the first special tokens; default: the names in Megatron-LM",
+        "For TikTokenizer: names of the first special tokens; default: the same names as in Megatron-LM",
     ] = ()
     data_index: Annotated[
         Literal["auto", "materialised", "on-demand"],

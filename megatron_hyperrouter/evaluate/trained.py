@@ -221,14 +221,14 @@ def add_model_flags(flags: ArgumentParser) -> None:
         type=run_path,
         required=True,
         metavar="RUN_OR_FOLDER",
-        help="run folder or Hugging Face folder",
+        help="run folder, or exported Hugging Face folder",
     )
     flags.add_argument(
         "--topk",
         type=int,
         nargs="+",
         metavar="K",
-        help="numbers of active experts per token to use (default: the model's number)",
+        help="values of k (active experts per token) at which to run the model (default: the model's own k)",
     )
     flags.add_argument(
         "--tokenizer-model",
@@ -256,6 +256,6 @@ def add_run_flags(flags: ArgumentParser, *, data: bool = True) -> None:
             "--data-path",
             nargs="+",
             metavar="P",
-            help="prefixes of token files (default: the files of the run). If the run did not use these "
-            "files, all of their text is used, unless --split is given",
+            help="prefixes of the token files to use (default: the run's own token files). If these are "
+            "not the run's files, all of their text is used, unless you give --split",
         )

@@ -83,12 +83,13 @@ class SimSMoERouter(Router, name="simsmoe"):
         kernel: Annotated[Literal["rbf", "linear"], "Kernel of the CKA similarity"] = "rbf"
         bandwidth: Annotated[
             Literal["median", "absolute"],
-            "Unit of --router.sigma. median: the median distance between the compared outputs; absolute: 1",
+            "Unit of --router.sigma. median: the median distance between the compared outputs; "
+            "absolute: no unit, --router.sigma is used as it is",
         ] = "median"
         sigma: Annotated[
             float,
             Gt(0.0),
-            "With --router.kernel rbf: bandwidth of the kernel, in the unit that --router.bandwidth sets",
+            "With --router.kernel rbf: bandwidth of the kernel. --router.bandwidth sets its unit",
         ] = 0.8
         head: Annotated[
             Literal["mlp", "linear"],

@@ -121,52 +121,62 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         action="append",
         default=[],
         metavar="WORD",
-        help="an axis: a setting and its values, see below",
+        help="an axis of the grid: a setting and its values (see below)",
     )
-    flags.add_argument("--axes", metavar="FILE", help="YAML file that defines the axes, see below")
+    flags.add_argument(
+        "--axes", metavar="FILE", help="YAML file that defines the axes of the grid (see below)"
+    )
     flags.add_argument(
         "--seeds",
         type=int,
         default=3,
         metavar="N",
-        help="number of seeds: each model is trained with --seed, --seed + 1, ... (default: 3)",
+        help="number of seeds; each model is trained once with each of the seeds --seed, --seed + 1, "
+        "... (default: 3)",
     )
     flags.add_argument(
         "--topk-eval",
         type=int,
         nargs="+",
         metavar="K",
-        help="values of k at which to score each model (default: the final k of training)",
+        help="values of k (active experts per token) at which to score each model (default: the "
+        "final k of training)",
     )
     flags.add_argument(
-        "--score", choices=("test", "valid"), default="test", help="split to score on (default: test)"
+        "--score",
+        choices=("test", "valid"),
+        default="test",
+        help="split of the data to score (default: test)",
     )
     flags.add_argument(
         "--score-iters",
         type=int,
         metavar="N",
-        help="number of global batches to score on; each seed uses different ones (default: the whole split)",
+        help="number of global batches to score; runs with different seeds score different batches "
+        "(default: the whole split)",
     )
     flags.add_argument(
         "--size",
         choices=SIZES,
         default="active",
-        help="parameters that N counts: active (only those that one token uses) or total (default: active)",
+        help="which parameters to count as N. active: the parameters that one token uses; total: all "
+        "parameters (default: active)",
     )
     flags.add_argument(
         "--curve-for",
         nargs="+",
         default=[],
         metavar="SETTING",
-        help="fit a separate curve for each value of these axes (always done for axes with values that "
-        "are not numbers)",
+        help="fit a separate curve for each value of these axes; axes with values that are not "
+        "numbers always get separate curves",
     )
     flags.add_argument(
         "--resamples",
         type=int,
         default=1000,
         metavar="N",
-        help="number of curves fitted to resampled residuals, for the intervals (default: 1000)",
+        help="number of curves to fit to resampled residuals; these curves give the 95 %% intervals "
+        "(default: 1000)",
     )
     flags.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="number of simultaneous runs (default: 1)"
@@ -176,7 +186,8 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         type=int,
         default=1,
         metavar="N",
-        help="number of ranks of each run; with 1, layout settings in --config are ignored (default: 1)",
+        help="number of ranks of each run; with 1 rank, the layout settings in --config are ignored "
+        "(default: 1)",
     )
     args, line = read_common(
         flags, arguments, ("seeds", "topk_eval", "score_iters", "resamples", "jobs", "ranks")

@@ -113,21 +113,25 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
     """The flags of this study, and those of the program."""
     flags = common_parser("speed", str(__doc__), EPILOG)
     flags.add_argument(
-        "--ranks", type=int, nargs="+", metavar="N", help="numbers of ranks on which to measure"
+        "--ranks",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="numbers of ranks to measure (default: the smallest number that each layout needs)",
     )
     flags.add_argument(
         "--layouts",
         nargs="+",
         default=[],
         metavar="LAYOUT",
-        help="layouts to measure, see below (default: the layout in --config)",
+        help="layouts to measure (see below; default: the layout in --config)",
     )
     flags.add_argument(
         "--scaling",
         choices=("weak", "strong"),
         default="weak",
-        help="weak: the global batch size grows with the number of ranks; strong: it stays the same "
-        "(default: weak)",
+        help="weak: the global batch size grows with the number of ranks; strong: the global batch "
+        "size is the same for all numbers of ranks (default: weak)",
     )
     flags.add_argument(
         "--steps", type=int, default=20, metavar="N", help="number of steps to time in each run (default: 20)"
@@ -140,7 +144,11 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         help="number of steps to run before the timed steps (default: 5)",
     )
     flags.add_argument(
-        "--repeats", type=int, default=3, metavar="N", help="number of repetitions of each row (default: 3)"
+        "--repeats",
+        type=int,
+        default=3,
+        metavar="N",
+        help="number of runs for each row of the table (default: 3)",
     )
     args, line = read_common(flags, arguments, ("ranks", "steps", "warmup", "repeats"), OURS)
     if taken := [

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
         type=float,
         metavar="X",
         help="size of one checkpoint in GB; the command checks that the disk has space for three "
-        "(default: size of the newest checkpoint in the run folder)",
+        "checkpoints (default: the size of the newest checkpoint in the run folder)",
     )
     args = flags.parse_args(arguments)
     if args.checkpoint_gb is not None and not args.checkpoint_gb > 0:

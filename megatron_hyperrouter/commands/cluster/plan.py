@@ -79,13 +79,14 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
         type=int,
         default=0,
         metavar="K",
-        help="verify the best K layouts by building the real engine (default: 0)",
+        help="verify the K fastest layouts: for each layout, build the real engine and run two steps "
+        "(default: 0)",
     )
     flags.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
-        help="also write all layouts, even refused ones, to FILE as JSON",
+        help="also write all layouts, including refused layouts, to FILE as JSON",
     )
     flags.add_argument(
         "--top", type=int, default=10, metavar="N", help="number of layouts to show (default: 10)"
@@ -100,7 +101,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
         "--gpu-tflops",
         type=float,
         metavar="X",
-        help="TFLOP/s that one GPU sustains (default: 396, 40 %% of an H100)",
+        help="sustained speed of one GPU in TFLOP/s (default: 396, which is 40 %% of an H100's peak speed)",
     )
     flags.add_argument(
         "--skew",
@@ -114,7 +115,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
         type=float,
         default=2.5,
         metavar="GB",
-        help="GB of memory per GPU to keep free for CUDA and NCCL (default: 2.5)",
+        help="memory of each GPU to keep free for CUDA and NCCL, in GB (default: 2.5)",
     )
     args, rest = flags.parse_known_args(arguments)
     flags.check_at_least(args, 1, "gpus", "per_node", "top", "skew")

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
         "--after-exit",
         type=int,
         metavar="STATUS",
-        help="tell whether to start the run again, after its launcher has ended with this exit status",
+        help="exit status of the run's launcher; the command answers whether to start the run again",
     )
     args = flags.parse_args(arguments)
     if args.after_exit is not None:

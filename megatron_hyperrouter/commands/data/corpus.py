@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
         "--output",
         required=True,
         metavar="FILE.jsonl",
-        help="JSON lines file to write; it has a temporary name until it is complete",
+        help="JSON lines file to write; the file has a temporary name until it is complete",
     )
     flags.add_argument(
         "--root", metavar="DIR", help="folder to search (default: the Python standard library's sources)"

@@ -27,7 +27,8 @@ def main(arguments: Sequence[str]) -> None:
         "--verify",
         action="store_true",
         help=(
-            "compare counts, sizes and checksums with P.manifest.json; if they differ, the exit status is 3"
+            "compare counts, sizes and checksums of the files with P.manifest.json; a difference "
+            "gives exit status 3"
         ),
     )
     args = flags.parse_args(arguments)

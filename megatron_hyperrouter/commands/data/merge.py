@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> None:
     flags.add_argument(
         "prefix",
         metavar="P",
-        help="the --output-prefix that mhr preprocess was given on every machine",
+        help="value of --output-prefix in the mhr preprocess commands on all machines",
     )
     flags.add_argument("--remove-shards", action="store_true", help="delete the shards after they are merged")
     args = flags.parse_args(arguments)

@@ -77,7 +77,8 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="input files or glob patterns: JSON lines or plain text (also as .gz or .zst), or Parquet",
+        help="input files or glob patterns; the files contain JSON lines, plain text (both also "
+        "compressed as .gz or .zst) or Parquet",
     )
     flags.add_argument(
         "--output-prefix",
@@ -90,7 +91,8 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         nargs="+",
         default=["text"],
         metavar="KEY",
-        help="JSON keys or Parquet columns to tokenize, each into a separate pair of files (default: text)",
+        help="JSON keys or Parquet columns to tokenize; each key gets a separate pair of output "
+        "files (default: text)",
     )
     add_tokenizer_flags(flags, required=True)
     flags.add_argument(
@@ -100,30 +102,31 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--tokenizer-backend",
         default="auto",
         choices=BACKENDS,
-        help="tokenizer library; it does not change the output (default: auto, the fastest installed "
-        "library that gives the same ids)",
+        help="tokenizer library; the choice does not change the output. auto: the fastest installed "
+        "library that supports the tokenizer (default: auto)",
     )
     flags.add_argument(
         "--workers",
         type=int,
         default=1,
         metavar="N",
-        help="number of processes that tokenize; the output does not depend on it (default: 1)",
+        help="number of processes that tokenize; this number does not change the output (default: 1)",
     )
     flags.add_argument(
         "--shard",
         metavar="I/N",
-        help="process only part I of N, with I from 1 to N, and write P.shard-I-of-N_KEY_document.*",
+        help="process only part I of N parts (I from 1 to N); the names of the output files begin "
+        "with P.shard-I-of-N",
     )
     flags.add_argument(
-        "--partitions", type=int, metavar="N", help="number of parts N, if --shard gives only I"
+        "--partitions", type=int, metavar="N", help="number of parts, if --shard is only I instead of I/N"
     )
     flags.add_argument(
         "--on-bad-line",
         choices=("stop", "skip"),
         default="stop",
-        help="what to do with a bad line: stop (the progress is kept), or skip the line and "
-        "report how many were skipped (default: stop)",
+        help="what to do with an invalid line. stop: end the command, and keep the progress; skip: "
+        "skip the line, and report the number of skipped lines at the end (default: stop)",
     )
     flags.add_argument(
         "--overwrite",
@@ -135,7 +138,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         type=float,
         default=SAVE_SECONDS,
         metavar="S",
-        help=f"seconds between saves of the progress (default: {SAVE_SECONDS:g})",
+        help=f"number of seconds between two saves of the progress (default: {SAVE_SECONDS:g})",
     )
     # Flags of Megatron-LM's tool that do not change what it writes.
     flags.add_argument("--log-interval", type=int, help=SUPPRESS)

@@ -25,20 +25,21 @@ def main(arguments: Sequence[str]) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="input files or glob patterns: JSON lines or plain text (also as .gz or .zst), or Parquet",
+        help="input files or glob patterns; the files contain JSON lines, plain text (both also "
+        "compressed as .gz or .zst) or Parquet",
     )
     flags.add_argument(
         "--vocab-size",
         type=int,
         required=True,
         metavar="N",
-        help="vocabulary size, at least 257: 256 bytes, <|endoftext|>, and the merges of the BPE",
+        help="vocabulary size, at least 257; it includes 256 bytes, <|endoftext|> and the merges of the BPE",
     )
     flags.add_argument(
         "--output",
         required=True,
         metavar="tokenizer.json",
-        help="tokenizer file to write; it has a temporary name until it is complete",
+        help="tokenizer file to write; the file has a temporary name until it is complete",
     )
     flags.add_argument(
         "--json-key",
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
         "--max-bytes",
         type=int,
         metavar="N",
-        help="train on only the first N bytes of text (default: all)",
+        help="train on only the first N bytes of text (default: all of the text)",
     )
     args = flags.parse_args(arguments)
     inputs = expand(args.input)

@@ -29,20 +29,21 @@ def add_tokenizer_flags(flags: ArgumentParser, *, required: bool) -> None:
         help="tokenizer file; for HuggingFaceTokenizer: tokenizer.json, its folder, or the name of a "
         "model on the Hugging Face hub",
     )
-    group.add_argument("--vocab-file", metavar="FILE", help="path of vocab.json, for GPT2BPETokenizer")
-    group.add_argument("--merge-file", metavar="FILE", help="path of merges.txt, for GPT2BPETokenizer")
-    group.add_argument("--vocab-size", type=int, metavar="N", help="number of token ids, for TikTokenizer")
+    group.add_argument("--vocab-file", metavar="FILE", help="for GPT2BPETokenizer: path of vocab.json")
+    group.add_argument("--merge-file", metavar="FILE", help="for GPT2BPETokenizer: path of merges.txt")
+    group.add_argument("--vocab-size", type=int, metavar="N", help="for TikTokenizer: number of token ids")
     group.add_argument(
         "--eod-token",
         metavar="TOKEN",
-        help="token that ends a document (default: the one named in the tokenizer's files)",
+        help="token that marks the end of a document (default: the end-of-document token in the "
+        "tokenizer's files)",
     )
     defaults = TokenizerOptions("")
     group.add_argument(
         "--tiktoken-pattern",
         choices=("v1", "v2"),
         default=defaults.tiktoken_pattern,
-        help="version of the pre-tokenization pattern, for TikTokenizer (default: "
+        help="for TikTokenizer: version of the pre-tokenization pattern (default: "
         f"{defaults.tiktoken_pattern})",
     )
     number = defaults.tiktoken_num_special_tokens
@@ -51,15 +52,16 @@ def add_tokenizer_flags(flags: ArgumentParser, *, required: bool) -> None:
         type=int,
         default=number,
         metavar="N",
-        help="number of special tokens, for TikTokenizer; their ids come before the ids of the tokens in "
-        f"the file (default: {number})",
+        help="for TikTokenizer: number of special tokens; they have the first ids, before the tokens in the "
+        f"file (default: {number})",
     )
     group.add_argument(
         "--tokenizer-special-tokens",
         nargs="+",
         default=(),
         metavar="TOKEN",
-        help="names of the first special tokens, for TikTokenizer (default: the names in Megatron-LM)",
+        help="for TikTokenizer: names of the first special tokens (default: the same names as in "
+        "Megatron-LM)",
     )
 
 

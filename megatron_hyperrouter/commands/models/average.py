@@ -142,15 +142,16 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         type=float,
         nargs="+",
         metavar="W",
-        help="factor of each checkpoint in the average, oldest first (default: equal factors)",
+        help="factors of the checkpoints in the average, in order from the oldest to the newest "
+        "checkpoint (default: equal factors)",
     )
     add(
         "--ema",
         type=float,
         metavar="DECAY",
         help=(
-            "exponential moving average: the factor of each checkpoint is DECAY times the factor of the "
-            "next newer checkpoint"
+            "exponential moving average: from the newest to the oldest checkpoint, each factor is "
+            "DECAY times the previous factor"
         ),
     )
     args = flags.parse_args(arguments)

@@ -32,10 +32,13 @@ def main(arguments: Sequence[str]) -> None:
         type=Path,
         required=True,
         metavar="FILE.json",
-        help="output file of mhr evaluate for the test split",
+        help="JSON file that mhr evaluate wrote for the test split",
     )
     flags.add_argument(
-        "--output", type=Path, metavar="FILE.json", help="also write the table's numbers to this JSON file"
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        help="also write the numbers in the printed table to this JSON file",
     )
     args = flags.parse_args(arguments)
 

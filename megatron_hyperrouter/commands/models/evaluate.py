@@ -143,7 +143,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         nargs="+",
         required=True,
         metavar="K",
-        help="values of k to score at: numbers of active experts per token",
+        help="values of k (active experts per token) at which to score the model",
     )
     flags.add_argument(
         "--split", choices=("train", "valid", "test"), help="split of the data to score (default: test)"
@@ -152,21 +152,23 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--eval-iters",
         type=int,
         metavar="N",
-        help="number of global batches to score, with the batch size of the run (default: the whole split)",
+        help="number of batches to score, each with the global batch size of the run (default: the "
+        "whole split)",
     )
     flags.add_argument(
         "--eval-stride",
         type=int,
         metavar="S",
-        help="score overlapping windows: each window starts S tokens after the previous one, and only "
-        "its last S tokens are scored, so every token has a long context (default: no overlap)",
+        help="score overlapping windows: each window starts S tokens after the previous window, and "
+        "only the last S tokens of a window are scored. Each scored token then has a long "
+        "context (default: no overlap)",
     )
     flags.add_argument(
         "--calibrate-k",
         action="store_true",
-        help="also score the model with rescaled MoE outputs: each layer's output gets the root mean square "
-        "that it has at the final k of training, measured on one batch of training data; the results list "
-        "these scores under calibrated",
+        help="also score the model with each MoE layer's output rescaled to the root mean square "
+        "that it has at the final k of training (measured on one training batch); the JSON file "
+        'has these scores in "calibrated"',
     )
     flags.add_argument(
         "--output", type=Path, required=True, metavar="FILE.json", help="JSON file to write the results to"

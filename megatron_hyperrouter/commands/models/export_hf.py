@@ -224,7 +224,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--topk",
         type=int,
         metavar="K",
-        help="number of active experts (default: the final k of training)",
+        help="number of active experts per token in the exported model (default: the final k of training)",
     )
     add(
         "--max-shard-size",
@@ -236,24 +236,37 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     add(
         "--custom-code",
         action="store_true",
-        help="add modeling code for a router that transformers does not have",
+        help="add modeling code to the folder, for a router that transformers does not support",
     )
     add(
         "--calibrate-k",
         action="store_true",
-        help="rescale the output of each MoE layer for --topk, as mhr evaluate --calibrate-k does, by "
-        "multiplying the second matrix of each expert by the scale of its layer",
+        help="rescale the output of each MoE layer for the exported k, as mhr evaluate --calibrate-k "
+        "does; the output matrices of the layer's experts are multiplied by the scale",
     )
     add("--license", metavar="NAME", help="license to name in the model card, such as apache-2.0")
-    add("--no-proof", action="store_true", help="write the folder without comparing it with transformers")
-    add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k to compare (default: 1 2 4 8)")
-    add("--proof-samples", type=int, default=4, metavar="N", help="number of samples to compare (default: 4)")
+    add("--no-proof", action="store_true", help="do not check that transformers computes the same model")
+    add(
+        "--proof-topk",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="values of k at which to compare the exported model with the run (default: 1 2 4 8)",
+    )
+    add(
+        "--proof-samples",
+        type=int,
+        default=4,
+        metavar="N",
+        help="number of samples on which to compare the exported model with the run (default: 4)",
+    )
     add(
         "--proof-data",
         "--data-path",
         nargs="+",
         metavar="P",
-        help="token files to take samples from (default: the run's test split)",
+        help="prefixes of the token files from which to take the samples to compare (default: the "
+        "run's test split)",
     )
     add(
         "--gguf",
@@ -262,18 +275,22 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         help="also write the weights to a GGUF file for llama.cpp",
     )
     add(
-        "--python", metavar="FILE", help="Python interpreter that has transformers (default: the current one)"
+        "--python",
+        metavar="FILE",
+        help="Python interpreter with transformers installed (default: the interpreter that runs "
+        "this command)",
     )
     add(
         "--verify",
         type=Path,
         metavar="FOLDER",
-        help="export nothing; check that FOLDER matches its certificate",
+        help="instead of exporting, check that the exported FOLDER matches its certificate",
     )
     add(
         "--numbers",
         action="store_true",
-        help="with --verify: also compute the losses with transformers again",
+        help="with --verify: also recompute the losses with transformers, and compare them with the "
+        "certificate",
     )
     args = flags.parse_args(arguments)
     _check_together(flags, args)

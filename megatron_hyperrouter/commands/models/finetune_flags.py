@@ -61,7 +61,7 @@ def all_flags(description: str) -> Parser:
         "--config",
         type=Path,
         metavar="FILE.yaml",
-        help="YAML file of flags for this command; the command line overrides it",
+        help="YAML file with flags of this command; flags on the command line override the file",
     )
     add_run_flags(flags, data=False)
     _optional(flags, "--load")
@@ -71,8 +71,8 @@ def all_flags(description: str) -> Parser:
         "--test",
         action="store_true",
         help=(
-            "instead of training, test the weights that an earlier fine-tuning run has saved; name them with "
-            "--load OUTPUT/seed-N"
+            "instead of training, test the saved weights of an earlier fine-tuning run; name their "
+            "folder with --load OUTPUT/seed-N"
         ),
     )
     flags.add_argument(
@@ -80,8 +80,9 @@ def all_flags(description: str) -> Parser:
         type=Path,
         nargs=2,
         metavar=("A", "B"),
-        help="instead of training, compare the results in A and B, the output folders of two earlier runs, "
-        "with McNemar's test and a paired bootstrap; --output FILE.json also saves the comparison",
+        help="instead of training, compare the results in two output folders of this command, A and "
+        "B, with McNemar's test and a paired bootstrap; to save the comparison, add --output "
+        "FILE.json",
     )
     _method(flags)
     _course(flags)
@@ -95,8 +96,8 @@ def all_flags(description: str) -> Parser:
         action="store_true",
         default=None,
         help=(
-            "sequence parallelism: in norms, dropout and the residual stream, each tensor-parallel rank "
-            "holds a part of the sequence"
+            "sequence parallelism: split the sequence over the tensor-parallel ranks in norms, "
+            "dropout and the residual stream"
         ),
     )
     return flags
@@ -109,7 +110,8 @@ def _method(flags: ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="K",
-        help="values of k to test at (default: the k of the fine-tuning)",
+        help="values of k (active experts per token) at which to test the model (default: the k of "
+        "fine-tuning)",
     )
     add(
         "--finetune-k",
@@ -121,7 +123,7 @@ def _method(flags: ArgumentParser) -> None:
         "--freeze",
         default="none",
         metavar="PARTS",
-        help="parts to freeze: none, router, experts, or router,experts (default: none)",
+        help="parts of the model to freeze: none, router, experts, or router,experts (default: none)",
     )
     add(
         "--aux-loss-coeff",
@@ -161,12 +163,21 @@ def _course(flags: ArgumentParser) -> None:
         type=float,
         default=3.0,
         metavar="X",
-        help="passes over the training examples (default: 3)",
+        help="number of passes over the training examples (default: 3)",
     )
     add("--steps", type=int, metavar="N", help="number of optimizer steps, instead of --epochs")
-    add("--batch-size", type=int, default=16, metavar="N", help="texts in one optimizer step (default: 16)")
     add(
-        "--micro-batch-size", type=int, metavar="N", help="texts in one forward pass on one rank (default: 8)"
+        "--batch-size",
+        type=int,
+        default=16,
+        metavar="N",
+        help="number of texts in one optimizer step (default: 16)",
+    )
+    add(
+        "--micro-batch-size",
+        type=int,
+        metavar="N",
+        help="number of texts in one forward pass on one rank (default: 8)",
     )
     add("--lr", type=float, default=1e-4, metavar="X", help="peak learning rate of AdamW (default: 1e-4)")
     add(
@@ -180,7 +191,7 @@ def _course(flags: ArgumentParser) -> None:
         type=float,
         default=0.06,
         metavar="X",
-        help="fraction of the steps with learning-rate warm-up (default: 0.06)",
+        help="length of the learning-rate warm-up, as a fraction of the steps (default: 0.06)",
     )
     add(
         "--weight-decay", type=float, default=0.01, metavar="X", help="decoupled weight decay (default: 0.01)"
@@ -198,8 +209,8 @@ def _course(flags: ArgumentParser) -> None:
         default=3,
         metavar="N",
         help=(
-            "number of evaluations on dev during training; the weights with the best score are tested "
-            "(default: 3)"
+            "number of evaluations on the dev data during training; the weights with the best score "
+            "are then tested (default: 3)"
         ),
     )
 

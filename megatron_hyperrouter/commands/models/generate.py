@@ -175,14 +175,14 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         type=float,
         default=1.0,
         metavar="X",
-        help="nucleus sampling: sample only from the most likely tokens that together have probability X "
-        "(default: 1, all tokens)",
+        help="nucleus sampling: sample from the smallest set of most likely tokens whose total "
+        "probability is at least X (default: 1, all tokens)",
     )
     add("--seed", type=int, default=1234, metavar="N", help="random seed for sampling (default: 1234)")
     add(
         "--calibrate-k",
         action="store_true",
-        help="also generate texts with rescaled MoE outputs, as in mhr evaluate --calibrate-k",
+        help="also generate texts with rescaled MoE outputs; mhr evaluate --help explains --calibrate-k",
     )
     add("--json", action="store_true", help="print one JSON object instead of text")
     args = flags.parse_args(arguments)

@@ -272,13 +272,13 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--router",
         default="topk",
         metavar="NAME",
-        help="topk: keep the model's router; hyper: add a HyperRouter to the model's router; with "
-        "--reset-router: any router (default: topk)",
+        help="topk: keep the model's router; hyper: add a HyperRouter to the model's router. With "
+        "--reset-router, NAME can be any router (default: topk)",
     )
     add(
         "--reset-router",
         action="store_true",
-        help="initialize a new router at random; the run's outputs then differ from the model's",
+        help="start with a random router; the outputs of the run then differ from those of the given model",
     )
     add(
         "--engine",
@@ -304,11 +304,30 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         help="tokenizer file (default: tokenizer.json in the input folder)",
     )
     _upcycling_flags(flags)
-    add("--no-proof", action="store_true", help="do not compare the run with the given model")
-    add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k to compare (default: 1 2 4 8)")
-    add("--proof-samples", type=int, default=2, metavar="N", help="number of samples to compare (default: 2)")
     add(
-        "--python", metavar="FILE", help="Python interpreter that has transformers (default: the current one)"
+        "--no-proof",
+        action="store_true",
+        help="do not check that the run computes the same function as the given model",
+    )
+    add(
+        "--proof-topk",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="values of k at which to compare the run with the given model (default: 1 2 4 8)",
+    )
+    add(
+        "--proof-samples",
+        type=int,
+        default=2,
+        metavar="N",
+        help="number of samples on which to compare the run with the given model (default: 2)",
+    )
+    add(
+        "--python",
+        metavar="FILE",
+        help="Python interpreter with transformers installed (default: the interpreter that runs "
+        "this command)",
     )
     args = flags.parse_args(arguments)
     flags.check_at_least(args, 1, "proof_samples", "seq_length", "upcycle", "granularity", "topk")
@@ -321,7 +340,8 @@ def _upcycling_flags(flags: ArgumentParser) -> None:
         "--upcycle",
         type=int,
         metavar="E",
-        help="turn a dense model into a mixture of E experts, which are copies of its MLP",
+        help="turn a dense model into a mixture-of-experts model; the E experts of a layer are "
+        "copies of its MLP, or parts of copies (see --granularity)",
     )
     add(
         "--granularity",
@@ -330,15 +350,20 @@ def _upcycling_flags(flags: ArgumentParser) -> None:
         metavar="G",
         help="with --upcycle: split each copy of the MLP into G experts (default: 1)",
     )
-    add("--topk", type=int, metavar="K", help="with --upcycle: number of active experts (default: 2 x G)")
+    add(
+        "--topk",
+        type=int,
+        metavar="K",
+        help="with --upcycle: number of active experts per token (default: 2 x G)",
+    )
     add(
         "--noise",
         type=float,
         default=0.0,
         metavar="X",
         help=(
-            "with --upcycle: add noise to every copy of the MLP but the first; its standard deviation "
-            "is X times that of the weights"
+            "with --upcycle: add noise to all copies of the MLP except the first copy; the noise "
+            "has X times the standard deviation of the weights"
         ),
     )
     add(
@@ -347,16 +372,16 @@ def _upcycling_flags(flags: ArgumentParser) -> None:
         default=0.0,
         metavar="R",
         help=(
-            "with --upcycle: fraction of hidden units to initialize at random in every copy of the MLP "
-            "but the first"
+            "with --upcycle: fraction of the hidden units to initialize at random, in all copies of "
+            "the MLP except the first copy"
         ),
     )
     add(
         "--scale-pre-softmax",
         action="store_true",
-        help="with --upcycle: weight the experts by the softmax over all E experts "
-        "(--router.pre-softmax), and multiply their output by E/K; this is exact only while the "
-        "router gives all experts the same weight",
+        help="with --upcycle: use --router.pre-softmax (softmax over all E experts), and multiply "
+        "the output of the experts by E/K. The MLP's output is preserved only while the router "
+        "gives all experts the same weight",
     )
     add(
         "--seed",

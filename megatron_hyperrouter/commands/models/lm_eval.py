@@ -226,21 +226,28 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         nargs="+",
         required=True,
         metavar="NAME",
-        help="tasks to run: held_out, next_line, or tasks of the harness",
+        help="tasks to run: held_out, next_line, or tasks of lm-evaluation-harness",
     )
     add("--output", type=Path, required=True, metavar="FILE.json", help="JSON file to write the results to")
-    add("--include-path", type=Path, metavar="DIR", help="folder with additional task files")
+    add(
+        "--include-path",
+        type=Path,
+        metavar="DIR",
+        help="folder with additional task files for lm-evaluation-harness",
+    )
     add(
         "--text",
         type=Path,
         metavar="FILE.jsonl",
-        help="texts for held_out and next_line (default: the run's test split)",
+        help="JSON lines file with the texts for the tasks held_out and next_line (default: the "
+        "run's test split)",
     )
     add(
         "--data-path",
         nargs="+",
         metavar="P",
-        help="token files with the texts for held_out and next_line, instead of the run's test split",
+        help="prefixes of token files with the texts for the tasks held_out and next_line (default: "
+        "the run's test split)",
     )
     add(
         "--dtype",
@@ -248,13 +255,20 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         default="float32",
         help="data type of the weights (default: float32)",
     )
-    add("--device", default="cpu", help="device that runs the model (default: cpu)")
-    add("--batch-size", type=int, default=8, metavar="N", help="texts in one forward pass (default: 8)")
+    add("--device", default="cpu", help="device that runs the model, such as cuda:0 (default: cpu)")
+    add(
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="number of texts in one forward pass (default: 8)",
+    )
     add("--limit", type=int, metavar="N", help="use only the first N texts of each task")
     add(
         "--python",
         metavar="FILE",
-        help="Python interpreter that has lm-eval and transformers (default: the current one)",
+        help="Python interpreter with lm-eval and transformers installed (default: the interpreter "
+        "that runs this command)",
     )
     args = flags.parse_args(arguments)
     flags.check_at_least(args, 1, "limit", "batch_size")

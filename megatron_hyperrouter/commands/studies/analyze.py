@@ -92,20 +92,24 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         type=int,
         nargs="+",
         metavar="K",
-        help="values of k to analyze at (default: the final k of training)",
+        help="values of k (active experts per token) at which to analyze the run (default: the final "
+        "k of training)",
     )
     flags.add_argument(
-        "--split", choices=("train", "valid", "test"), help="split of the data to use (default: test)"
+        "--split", choices=("train", "valid", "test"), help="split of the data to analyze (default: test)"
     )
     flags.add_argument(
         "--eval-iters",
         type=int,
         default=BATCHES,
         metavar="N",
-        help=f"number of global batches to use; a smaller split is used completely (default: {BATCHES})",
+        help="number of global batches to analyze; a split with fewer batches is analyzed completely "
+        f"(default: {BATCHES})",
     )
     flags.add_argument(
-        "--no-checkpoints", action="store_true", help="do not compare the run's earlier checkpoints"
+        "--no-checkpoints",
+        action="store_true",
+        help="do not compare the checkpoints of the run with each other",
     )
     flags.add_argument(
         "--output", type=Path, required=True, metavar="FILE.json", help="JSON file to write the results to"

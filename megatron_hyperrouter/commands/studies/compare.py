@@ -114,45 +114,52 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
 
     flags = parser(str(__doc__), EPILOG)
     flags.add_argument(
-        "--config", required=True, metavar="FILE", help="YAML file with the settings of every run"
+        "--config", required=True, metavar="FILE", help="YAML file with the settings that all runs share"
     )
     flags.add_argument(
         "--routers",
         nargs="+",
         required=True,
         metavar="NAME",
-        help="routers to compare: names, or labels that the file of --options defines",
+        help="routers to compare: names of routers, or labels that are defined in the --options file",
     )
     flags.add_argument(
         "--seeds",
         type=int,
         default=3,
         metavar="N",
-        help="number of seeds: each router is trained with --seed, --seed + 1, ... (default: 3)",
+        help="number of seeds; each router is trained once with each of the seeds --seed, --seed + "
+        "1, ... (default: 3)",
     )
     flags.add_argument(
         "--topk-eval",
         type=int,
         nargs="+",
         metavar="K",
-        help="values of k to score at (default: powers of 2)",
+        help="values of k (active experts per token) at which to score each router (default: the "
+        "powers of 2 up to the number of experts)",
     )
     flags.add_argument(
         "--comparisons",
         nargs="+",
         metavar="LEFT:RIGHT@K",
-        help="comparisons to test, planned before the runs (default: HyperRouter against the control, at "
-        "the smallest k and at the final k of training)",
+        help="comparisons to test: router LEFT with router RIGHT at k = K. They are fixed before the "
+        "first run (default: the HyperRouter with the control router, at the smallest k of "
+        "--topk-eval and at the final k of training)",
     )
     flags.add_argument(
         "--effect",
         type=float,
         default=0.02,
         metavar="X",
-        help="difference in bits per byte that you want to detect; the table shows how many seeds that "
-        "needs (default: 0.02)",
+        help='difference in bits per byte that you want to detect; the column "seeds needed" shows '
+        "how many seeds this takes (default: 0.02)",
     )
-    flags.add_argument("--no-matched-control", action="store_true", help="do not add a random control router")
+    flags.add_argument(
+        "--no-matched-control",
+        action="store_true",
+        help="do not add the control router, a random router that is never trained",
+    )
     flags.add_argument(
         "--options", metavar="FILE", help="YAML file with the options of each router (see below)"
     )
@@ -160,8 +167,8 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         "--test-iters",
         type=int,
         metavar="N",
-        help="number of global batches of the test split to score; each seed scores different ones "
-        "(default: the whole split)",
+        help="number of global batches of the test split to score; runs with different seeds score "
+        "different batches (default: the whole split)",
     )
     flags.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="number of simultaneous runs (default: 1)"

@@ -143,10 +143,10 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         nargs="+",
         choices=ENGINES,
         default=ENGINES,
-        help="engines to check; the first one is the reference (default: both)",
+        help="engines to check; the first engine computes the reference (default: both engines)",
     )
     flags.add_argument(
-        "--steps", type=int, default=3, metavar="N", help="number of optimizer steps per run (default: 3)"
+        "--steps", type=int, default=3, metavar="N", help="number of optimizer steps in each run (default: 3)"
     )
     flags.add_argument(
         "--own-data", action="store_true", help="train on the data in --config instead of random tokens"
@@ -169,8 +169,8 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--folder",
         type=Path,
         metavar="DIR",
-        help="folder for temporary weights; under a launcher, all nodes must be able to read it "
-        "(default: runs)",
+        help="folder for temporary weights; under a launcher, all nodes must be able to read this "
+        "folder (default: runs)",
     )
     flags.add_argument(
         "--output", type=Path, metavar="FILE.json", help="also write the results to this JSON file"

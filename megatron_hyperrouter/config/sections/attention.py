@@ -110,6 +110,7 @@ class AttentionConfig:
         YamlWord | None,
         Role.FUNCTION,
         Metavar("N|LIST"),
-        "Which layers have a sliding window: N for all layers except every Nth; or a list with a 1 "
-        "(window) or a 0 (full attention) for each layer, which may be an expression; default: all layers",
+        "Which layers have a sliding window. N: all layers except every Nth; LIST: a 1 (window) "
+        "or a 0 (full attention) for each layer, also as an expression such as ([1]*3+[0]*1); "
+        "default: all layers",
     ] = None

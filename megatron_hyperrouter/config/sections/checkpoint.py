@@ -44,8 +44,9 @@ class CheckpointConfig:
         bool,
         Role.START,
         (
-            "Resume from a checkpoint of the old format 1, whose state-*.pt files have no checksums; only "
-            "the classes that an optimizer state needs are loaded from these files"
+            "Trust the state-*.pt files of a checkpoint in the old format 1, which are pickles "
+            "without checksums; a file with classes that an optimizer state does not need is still "
+            "refused"
         ),
     ] = False
     no_save_optim: Annotated[
