@@ -60,14 +60,12 @@ class ModelConfig:
         float,
         Gt(0.0),
         Role.INITIAL,
-        "Standard deviation of the initial weights; for output projections, divided by sqrt(2 x "
-        "--num-layers)",
+        "Standard deviation of the initial weights; in output projections, X / sqrt(2 x "
+        "--num-layers) instead of X",
     ] = 0.02
     hidden_dropout: Annotated[Fraction, Role.NOISE, "Dropout rate on residual branches"] = 0.0
     attention_dropout: Annotated[Fraction, Role.NOISE, "Dropout rate on attention probabilities"] = 0.0
-    make_vocab_size_divisible_by: Annotated[Count, Role.SHAPE, "Pad the vocabulary to a multiple of this"] = (
-        128
-    )
+    make_vocab_size_divisible_by: Annotated[Count, Role.SHAPE, "Pad the vocabulary to a multiple of N"] = 128
     pad_vocab_size_to_tp: Annotated[
         bool,
         Role.SHAPE,
@@ -98,7 +96,7 @@ class ModelConfig:
     moe_router_force_load_balancing: Annotated[
         bool,
         Role.COURSE,
-        "Ignore the router and spread tokens evenly over the experts (for speed tests only)",
+        "Ignore the router, and spread the tokens evenly over the experts; for speed tests only",
     ] = False
     moe_aux_loss_coeff: Annotated[NonNegative, Role.COURSE, "Weight of the load-balancing loss"] = 0.0
     moe_z_loss_coeff: Annotated[NonNegative, Role.COURSE, "Weight of the router z-loss"] = 0.0
@@ -106,8 +104,8 @@ class ModelConfig:
         float | None,
         Gt(0.0),
         Role.FUNCTION,
-        "Largest number of tokens that an expert accepts, as a multiple of the mean number of tokens per "
-        "expert; further tokens are dropped; default: no limit",
+        "Maximum number of tokens of an expert, as a multiple of the mean over all experts; "
+        "further tokens are dropped; default: no limit",
     ] = None
     mtp_num_layers: Annotated[
         Count | None,
@@ -116,8 +114,8 @@ class ModelConfig:
             "megatron",
             "leave out FLAG, or use --engine megatron",
         ),
-        "Number of multi-token prediction layers; layer n predicts the token n places after the next "
-        "one; default: none",
+        "Number of multi-token prediction layers; layer n predicts the token n positions after "
+        "the next token; default: none",
     ] = None
     mtp_loss_scaling_factor: Annotated[
         NonNegative,
@@ -165,17 +163,17 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: Annotated[
         Count | None,
         Role.LAYOUT,
-        "Model chunks on each pipeline rank (interleaved schedule); default: no interleaving",
+        "Number of model chunks on each pipeline rank (interleaved schedule); default: no interleaving",
     ] = None
     decoder_first_pipeline_num_layers: Annotated[
         Count | None,
         Role.LAYOUT,
-        "Layers in the first pipeline stage; default: as many as in the other stages",
+        "Number of layers in the first pipeline stage; default: as many as in the other stages",
     ] = None
     decoder_last_pipeline_num_layers: Annotated[
         Count | None,
         Role.LAYOUT,
-        "Layers in the last pipeline stage; default: as many as in the other stages",
+        "Number of layers in the last pipeline stage; default: as many as in the other stages",
     ] = None
     context_parallel_size: Annotated[Count, Role.LAYOUT, "Context-parallel size (CP)"] = 1
     expert_model_parallel_size: Annotated[Count, Role.LAYOUT, "Expert-parallel size (EP)"] = 1
@@ -206,9 +204,9 @@ class TrainConfig:
         tuple[Count, Count, Count] | None,
         Role.BATCH,
         Metavar("START INCREMENT SAMPLES"),
-        "Begin with START samples per step, and add INCREMENT samples at equal intervals until "
-        "--global-batch-size is reached after SAMPLES samples. The learning-rate schedule then follows "
-        "samples instead of steps",
+        "Begin with START samples per step, and add INCREMENT at equal intervals, to reach "
+        "--global-batch-size after SAMPLES samples. With this flag, the learning-rate schedule "
+        "follows samples instead of steps",
     ] = None
     train_iters: Annotated[Count, Role.COURSE, "Number of optimizer steps in the run"] = 100
     seed: Annotated[
@@ -219,15 +217,16 @@ class TrainConfig:
         Literal["uniform", "block"] | None,
         Role.SPEED,
         Only("megatron", harmless="every layer is recomputed separately"),
-        "With --recompute-granularity full. uniform: recompute all layers, in groups of "
-        "--recompute-num-layers; block: recompute only the first --recompute-num-layers layers of "
-        "each pipeline stage",
+        "With --recompute-granularity full: layers to recompute. uniform: all layers, in groups "
+        "of --recompute-num-layers; block: only the first --recompute-num-layers layers of each "
+        "pipeline stage",
     ] = None
     recompute_num_layers: Annotated[
         Count | None,
         Role.SPEED,
         Only("megatron", harmless="every layer is recomputed separately"),
-        "With --recompute-method: layers in a group (uniform), or layers to recompute (block); default: 1",
+        "With --recompute-method: number of layers in a group (uniform), or of layers to "
+        "recompute (block); default: 1",
     ] = None
     recompute_granularity: Annotated[
         Literal["full", "selective"] | None,
@@ -239,8 +238,9 @@ class TrainConfig:
         tuple[str, ...],
         Role.SPEED,
         Metavar("PART"),
-        "With --recompute-granularity selective: parts to recompute, from core_attn (attention "
-        "without its projections), mlp (of dense layers), moe, shared_experts; default: core_attn",
+        "With --recompute-granularity selective: parts to recompute. Parts: core_attn "
+        "(attention without its projections), mlp (in dense layers), moe, shared_experts; "
+        "default: core_attn",
     ] = ()
     eval_interval: Annotated[
         Natural, Role.UPKEEP, Quiet(0), "Steps between evaluations; 0: no evaluation"
@@ -259,7 +259,8 @@ class DataConfig:
         tuple[str, ...],
         Role.DATA,
         PREFIX,
-        "Prefixes of .bin/.idx files; a weight may come before each prefix: 0.3 a 0.7 b",
+        "Prefixes of token files (paths without .bin or .idx); to mix files, write a weight "
+        "before each prefix: 0.3 a 0.7 b",
     ] = ()
     train_data_path: Annotated[
         tuple[str, ...], Role.DATA, PREFIX, "Same as --data-path, but only for training data"
@@ -336,23 +337,23 @@ class DataConfig:
     data_index: Annotated[
         Literal["auto", "materialised", "on-demand"],
         Role.ORDER,
-        "When the order of samples is computed. materialised: at the start, as in megatron-core; "
-        "on-demand: during training, for huge files; auto: on-demand for 2**25 documents or more. "
-        "materialised and on-demand give different orders",
+        "When to compute the order of the samples. materialised: at the start, as in "
+        "megatron-core; on-demand: during training; auto: on-demand for 2**25 documents or "
+        "more. materialised and on-demand give different orders",
     ] = "auto"
     data_cache_path: Annotated[
         str | None,
         Role.PLACE,
         FOLDER,
-        "Folder for index files; one process on each node builds them; default: cache/hyperrouter "
+        "Folder for index files, built by one process on each node; default: cache/hyperrouter "
         "next to the data, or index-cache in the run folder if the data folder is not writable",
     ] = None
     num_workers: Annotated[
         Natural,
         Role.PORTION,
         (
-            "Number of data-loading threads; each prefetches 4 micro-batches; 0: load each batch when "
-            "it is needed"
+            "Number of data-loading threads (each thread prefetches 4 micro-batches); 0: load each "
+            "batch when it is needed"
         ),
     ] = 2
     reset_attention_mask: Annotated[
@@ -364,14 +365,13 @@ class DataConfig:
     eod_mask_loss: Annotated[
         bool,
         Role.COURSE,
-        "Mask the loss on the first token of each document, which would be predicted from an "
-        "end-of-document token",
+        "Mask the loss of the first token after each end-of-document token",
     ] = False
     pack_documents: Annotated[
         bool,
         Role.ORDER,
-        "Pack whole documents into each sample (best fit). Padding has no loss; only documents longer than"
-        " a sample are split",
+        "Pack whole documents into each sample (best fit). Only documents longer than a sample "
+        "are split; padding has no loss",
     ] = False
 
 
@@ -384,13 +384,15 @@ class LoggingConfig:
     ] = "runs/default"
     log_interval: Annotated[Count, Role.DISPLAY, "Steps between log lines on the console"] = 10
     log_params_norm: Annotated[
-        bool, Role.DISPLAY, "Record the norm of all trainable parameters at each step, as params_norm"
+        bool,
+        Role.DISPLAY,
+        "Record the norm of all trainable parameters at each step, in the field params_norm of metrics.jsonl",
     ] = False
     log_num_zeros_in_grad: Annotated[
         bool,
         Role.DISPLAY,
         Only("megatron", harmless="DeepSpeed frees the gradients before they can be counted"),
-        "Record the number of zero gradients at each step, as num_zeros",
+        "Record the number of zero gradients at each step, in the field num_zeros of metrics.jsonl",
     ] = False
     profile: Annotated[
         bool,
@@ -438,8 +440,8 @@ class EngineConfig:
         Literal["auto", "local", "transformer_engine"],
         Role.SPEED,
         Only("megatron", harmless="this engine always uses PyTorch layers"),
-        "Layer implementation. auto: Transformer Engine in bfloat16 on GPUs when installed, otherwise"
-        " PyTorch",
+        "Layer implementation. auto: Transformer Engine for bfloat16 on GPUs if it is "
+        "installed, else PyTorch",
     ] = "auto"
     moe_grouped_gemm: Annotated[
         bool,
@@ -458,8 +460,8 @@ class EngineConfig:
     shard_hypernetwork: Annotated[
         bool | None,
         Role.SHARDING,
-        "Divide the hypernetwork of the hyper router among the data-parallel ranks to save memory; "
-        "default: divide it only if experts x hidden size exceeds 2^18",
+        "To save memory, divide the hypernetwork (router hyper) among the data-parallel ranks; "
+        "default: only if --num-experts x --hidden-size exceeds 2^18",
     ] = None
     deepspeed_config: Annotated[
         str | None,

@@ -130,8 +130,8 @@ class Router(nn.Module):
 
         num_groups: Annotated[
             Count | None,
-            "Split the experts into this many equal groups; each token chooses its experts from "
-            "--router.group-topk of the groups; default: no groups",
+            "Split the experts into N groups of equal size; each token chooses its experts from "
+            "--router.group-topk of these groups; default: no groups",
         ] = None
         group_topk: Annotated[
             Count | None,
@@ -140,13 +140,13 @@ class Router(nn.Module):
         scaling_factor: Annotated[
             float,
             Gt(0.0),
-            "Multiply the routing weights of the chosen experts by this factor (DeepSeek-V2, DeepSeek-V3)",
+            "Multiply the routing weights of the chosen experts by X (DeepSeek-V2, DeepSeek-V3)",
         ] = 1.0
         lr_mult: Annotated[
             float,
             Gt(0.0),
             Role.COURSE,
-            "Multiply the learning rate of the router's trainable parameters by this factor",
+            "Multiply the learning rate of the router's trainable parameters by X",
         ] = 1.0
 
         def initial_logit_std(self, hidden_size: int) -> float | None:

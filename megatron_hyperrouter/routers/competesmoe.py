@@ -84,10 +84,10 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         ] = "v2"
         schedule: Annotated[
             Literal["fixed", "function", "capped"] | None,
-            "When the experts of a layer compete. fixed: in each step with probability --router.rate; "
-            "function: in block i with probability 2 / (2 + sqrt(i + 1)); capped: like fixed, but not in "
-            "the warm-up, and in at most --router.max-competing layers in one step; default: fixed for v1, "
-            "capped for v2",
+            "When the experts of a layer compete. fixed: in each step with probability "
+            "--router.rate; function: in block i with probability 2 / (2 + sqrt(i + 1)); capped: "
+            "like fixed, but never in the warm-up, and in at most --router.max-competing layers per "
+            "step; default: fixed for v1, capped for v2",
         ] = None
         rate: Annotated[
             float | None,
@@ -115,17 +115,17 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         ] = None
         loss: Annotated[
             Literal["mse", "kl"],
-            "With --router.version v1: how the router loss measures the distance between the router's "
-            "probabilities and the softmax of the winners' scores",
+            "With --router.version v1: how the router loss compares the router's probabilities with "
+            "the softmax of the winning experts' scores",
         ] = "mse"
         theta: Annotated[
             Coefficient,
-            "With --router.version v2: weight of the additional router loss, which covers only the winners",
+            "With --router.version v2: weight of an additional router loss over the winning experts only",
         ] = 0.1
         diversity_coeff: Annotated[
             Coefficient | None,
-            "Weight of the diversity loss, which is the cosine similarity between the outputs of the "
-            "winners; default: 0 for v1, 0.01 for v2",
+            "Weight of the diversity loss: the cosine similarity between the outputs of the winning "
+            "experts; default: 0 for v1, 0.01 for v2",
         ] = None
         balance_coeff: Annotated[
             Coefficient | None,

@@ -135,11 +135,11 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
             bool,
             bool,
             (
-                "Train one embedding for each expert instead of one for each layer; the "
-                "hypernetwork generates an expert's router weights from the embedding of that expert"
+                "Train one embedding for each expert, not one for each layer; the hypernetwork "
+                "generates the router weights of each expert from its embedding"
             ),
         ] = False
-        bias: Annotated[bool, "Generate a bias for each logit, too"] = False
+        bias: Annotated[bool, "Also generate a bias for each logit"] = False
         init: Annotated[
             Literal["width", "paper"],
             "How the frozen weights of the hypernetwork are drawn. width: scaled so that the initial "
@@ -148,13 +148,13 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         seed: Annotated[Natural | None, "Random seed of the frozen hypernetwork; default: --seed"] = None
         anchor: Annotated[
             bool,
-            "Add a fixed matrix to the generated router, so that it starts as the router of an imported "
-            "model (mhr import-hf sets this option)",
+            "Add a fixed matrix to the generated matrix, so that training starts with the router of "
+            "an imported model (mhr import-hf sets this option)",
         ] = False
         shared: Annotated[
             Literal["layer", "model"] | None,
-            "Number of hypernetworks. layer: one for each layer; model: one for the whole model, but "
-            "still one embedding for each layer; default: model if --num-experts x --hidden-size "
+            "Number of hypernetworks. layer: one for each layer; model: one for all layers (but "
+            "each layer has its own embedding); default: model if --num-experts x --hidden-size "
             "exceeds 2^18, else layer",
         ] = None
 

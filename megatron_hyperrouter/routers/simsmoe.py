@@ -74,12 +74,12 @@ class SimSMoERouter(Router, name="simsmoe"):
         frequency: Annotated[
             float,
             Gt(0.0),
-            "Compare two experts each time that the tokens routed to both of them add up to this many "
-            "global batches",
+            "Compare two experts when the tokens routed to both, counted since their last "
+            "comparison, exceed X global batches",
         ] = 16.0
-        threshold: Annotated[
-            float, Ge(0.0), Le(1.0), "Ignore pairs of experts whose similarity is below this value"
-        ] = 0.5
+        threshold: Annotated[float, Ge(0.0), Le(1.0), "Ignore pairs of experts with a similarity below X"] = (
+            0.5
+        )
         kernel: Annotated[Literal["rbf", "linear"], "Kernel of the CKA similarity"] = "rbf"
         bandwidth: Annotated[
             Literal["median", "absolute"],
@@ -94,8 +94,8 @@ class SimSMoERouter(Router, name="simsmoe"):
         head: Annotated[
             Literal["mlp", "linear"],
             (
-                "Type of the trained projection that is applied to expert outputs before they are "
-                "compared; all experts of a layer share one projection"
+                "Type of the trained projection of expert outputs before a comparison; all experts of a "
+                "layer share one projection"
             ),
         ] = "mlp"
         head_width: Annotated[Count, "With --router.head mlp: number of hidden units"] = 64
@@ -105,14 +105,18 @@ class SimSMoERouter(Router, name="simsmoe"):
         min_tokens: Annotated[
             int,
             Ge(3),
-            "Compare two experts only if a micro-batch has at least this many tokens that are routed to both",
+            "Compare two experts only in micro-batches with at least N tokens that are routed to "
+            "both experts",
         ] = 8
         max_tokens: Annotated[
-            int, Ge(3), "Maximum number of tokens of a micro-batch with which two experts are compared"
+            int, Ge(3), "Maximum number of tokens of a micro-batch to use for the comparison of two experts"
         ] = 512
         max_pairs: Annotated[
             Count,
-            ("Maximum number of expert pairs to compare in one step; the other pairs wait for a later step"),
+            (
+                "Maximum number of pairs of experts to compare in one step; further pairs wait for a "
+                "later step"
+            ),
         ] = 8
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:

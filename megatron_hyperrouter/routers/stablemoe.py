@@ -70,14 +70,14 @@ class StableMoERouter(Router, name="stablemoe"):
             Gt(0.0),
             Le(1.0),
             (
-                "Length of stage 1, as a fraction of --train-iters. After stage 1, the routing is "
-                "frozen; 1: the routing is never frozen"
+                "Length of stage 1, as a fraction of --train-iters. The routing is frozen after stage "
+                "1; 1: never freeze the routing"
             ),
         ] = 0.1
         stage1_steps: Annotated[
             Natural | None,
-            "Number of steps in stage 1; 0: start in stage 2 with the distilled router of the "
-            "loaded checkpoint, for fine-tuning; default: computed from --router.stage1-share",
+            "Number of steps in stage 1; 0 (for fine-tuning): start in stage 2 with the distilled "
+            "router in the checkpoint; default: computed from --router.stage1-share",
         ] = None
         word_size: Annotated[
             Count,

@@ -55,7 +55,7 @@ class XMoERouter(Router, name="xmoe"):
 
         projection_size: Annotated[
             Count | None,
-            "Number of dimensions that tokens are projected to; default: half the number of experts",
+            "Number of dimensions to which tokens are projected; default: half the number of experts",
         ] = None
         score_function: Annotated[
             Literal["softmax", "sigmoid"],

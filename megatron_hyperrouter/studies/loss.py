@@ -115,7 +115,8 @@ def main(arguments: Sequence[str]) -> None:
 def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
     """The flags of this study, and those of the program."""
     flags = common_parser("loss", str(__doc__), EPILOG)
-    flags.add_argument(
+    add = flags.add_argument
+    add(
         "--axis",
         nargs="+",
         action="append",
@@ -123,10 +124,8 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         metavar="WORD",
         help="an axis of the grid: a setting and its values (see below)",
     )
-    flags.add_argument(
-        "--axes", metavar="FILE", help="YAML file that defines the axes of the grid (see below)"
-    )
-    flags.add_argument(
+    add("--axes", metavar="FILE", help="YAML file that defines the axes of the grid (see below)")
+    add(
         "--seeds",
         type=int,
         default=3,
@@ -134,7 +133,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         help="number of seeds; each model is trained once with each of the seeds --seed, --seed + 1, "
         "... (default: 3)",
     )
-    flags.add_argument(
+    add(
         "--topk-eval",
         type=int,
         nargs="+",
@@ -142,27 +141,27 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         help="values of k (active experts per token) at which to score each model (default: the "
         "final k of training)",
     )
-    flags.add_argument(
+    add(
         "--score",
         choices=("test", "valid"),
         default="test",
         help="split of the data to score (default: test)",
     )
-    flags.add_argument(
+    add(
         "--score-iters",
         type=int,
         metavar="N",
         help="number of global batches to score; runs with different seeds score different batches "
         "(default: the whole split)",
     )
-    flags.add_argument(
+    add(
         "--size",
         choices=SIZES,
         default="active",
         help="which parameters to count as N. active: the parameters that one token uses; total: all "
         "parameters (default: active)",
     )
-    flags.add_argument(
+    add(
         "--curve-for",
         nargs="+",
         default=[],
@@ -170,7 +169,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         help="fit a separate curve for each value of these axes; axes with values that are not "
         "numbers always get separate curves",
     )
-    flags.add_argument(
+    add(
         "--resamples",
         type=int,
         default=1000,
@@ -178,10 +177,8 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         help="number of curves to fit to resampled residuals; these curves give the 95 %% intervals "
         "(default: 1000)",
     )
-    flags.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="number of simultaneous runs (default: 1)"
-    )
-    flags.add_argument(
+    add("--jobs", type=int, default=1, metavar="N", help="number of simultaneous runs (default: 1)")
+    add(
         "--ranks",
         type=int,
         default=1,

@@ -245,6 +245,15 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "does; the output matrices of the layer's experts are multiplied by the scale",
     )
     add("--license", metavar="NAME", help="license to name in the model card, such as apache-2.0")
+    _proof_flags(flags)
+    args = flags.parse_args(arguments)
+    _check_together(flags, args)
+    return args
+
+
+def _proof_flags(flags: Parser) -> None:
+    """The flags of the proof, of the GGUF file and of --verify."""
+    add = flags.add_argument
     add("--no-proof", action="store_true", help="do not check that transformers computes the same model")
     add(
         "--proof-topk",
@@ -292,9 +301,6 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         help="with --verify: also recompute the losses with transformers, and compare them with the "
         "certificate",
     )
-    args = flags.parse_args(arguments)
-    _check_together(flags, args)
-    return args
 
 
 def _check_together(flags: Parser, args: Namespace) -> None:

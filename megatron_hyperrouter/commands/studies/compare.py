@@ -113,17 +113,16 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
     from megatron_hyperrouter.config.reading.sources import read_flags as read_program_flags
 
     flags = parser(str(__doc__), EPILOG)
-    flags.add_argument(
-        "--config", required=True, metavar="FILE", help="YAML file with the settings that all runs share"
-    )
-    flags.add_argument(
+    add = flags.add_argument
+    add("--config", required=True, metavar="FILE", help="YAML file with the settings that all runs share")
+    add(
         "--routers",
         nargs="+",
         required=True,
         metavar="NAME",
         help="routers to compare: names of routers, or labels that are defined in the --options file",
     )
-    flags.add_argument(
+    add(
         "--seeds",
         type=int,
         default=3,
@@ -131,7 +130,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         help="number of seeds; each router is trained once with each of the seeds --seed, --seed + "
         "1, ... (default: 3)",
     )
-    flags.add_argument(
+    add(
         "--topk-eval",
         type=int,
         nargs="+",
@@ -139,7 +138,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         help="values of k (active experts per token) at which to score each router (default: the "
         "powers of 2 up to the number of experts)",
     )
-    flags.add_argument(
+    add(
         "--comparisons",
         nargs="+",
         metavar="LEFT:RIGHT@K",
@@ -147,7 +146,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         "first run (default: the HyperRouter with the control router, at the smallest k of "
         "--topk-eval and at the final k of training)",
     )
-    flags.add_argument(
+    add(
         "--effect",
         type=float,
         default=0.02,
@@ -155,27 +154,21 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         help='difference in bits per byte that you want to detect; the column "seeds needed" shows '
         "how many seeds this takes (default: 0.02)",
     )
-    flags.add_argument(
+    add(
         "--no-matched-control",
         action="store_true",
         help="do not add the control router, a random router that is never trained",
     )
-    flags.add_argument(
-        "--options", metavar="FILE", help="YAML file with the options of each router (see below)"
-    )
-    flags.add_argument(
+    add("--options", metavar="FILE", help="YAML file with the options of each router (see below)")
+    add(
         "--test-iters",
         type=int,
         metavar="N",
         help="number of global batches of the test split to score; runs with different seeds score "
         "different batches (default: the whole split)",
     )
-    flags.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="number of simultaneous runs (default: 1)"
-    )
-    flags.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder for runs, tables and plots"
-    )
+    add("--jobs", type=int, default=1, metavar="N", help="number of simultaneous runs (default: 1)")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder for runs, tables and plots")
     args, rest = flags.parse_known_args(arguments)
     if not args.effect > 0:
         flags.refuse("--effect", args.effect, "must be greater than 0", "use --effect 0.02, for example")

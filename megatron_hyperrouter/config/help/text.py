@@ -114,7 +114,8 @@ def _head(page: _Page, prog: str, routers: Mapping[str, Any]) -> Iterator[str]:
     yield from page.wrapped(f"Show one section with --help SECTION: {_names()}.")
     yield ""
     yield from page.row(
-        "--config FILE.yaml", "YAML file with settings; the config.yaml of a run starts the same run again"
+        "--config FILE.yaml",
+        "YAML file with settings; with the config.yaml of a run folder, the same run starts again",
     )
     yield from page.row(
         "--dry-run [--world-size N]",

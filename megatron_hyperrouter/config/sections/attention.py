@@ -29,17 +29,17 @@ class AttentionConfig:
         float | None,
         Ge(1.0),
         Role.FUNCTION,
-        "Divide positions by this (linear position interpolation); default: no interpolation",
+        "Divide positions by X (linear position interpolation); default: no interpolation",
     ] = None
     use_rope_scaling: Annotated[bool, Role.FUNCTION, "Scale rotary frequencies as Llama 3 does"] = False
     rope_scaling_factor: Annotated[
-        float, Ge(1.0), Role.FUNCTION, "With --use-rope-scaling: divide the lowest rotary frequencies by this"
+        float, Ge(1.0), Role.FUNCTION, "With --use-rope-scaling: divide the lowest rotary frequencies by X"
     ] = 8.0
     rope_type: Annotated[
         Literal["rope", "yarn"] | None,
         Role.FUNCTION,
-        "Type of rotary position embedding: plain (rope) or scaled by YaRN (yarn); default: yarn with"
-        " --multi-latent-attention, else rope",
+        "Type of rotary position embedding. rope: plain; yarn: scaled by YaRN; default: yarn "
+        "with --multi-latent-attention, else rope",
     ] = None
     rotary_scaling_factor: Annotated[
         float,
@@ -54,29 +54,28 @@ class AttentionConfig:
         float,
         Gt(0.0),
         Role.FUNCTION,
-        "With --rope-type yarn: dimensions that make more rotations than this in the original context "
-        "are not scaled",
+        "With --rope-type yarn: dimensions that rotate more than X times over the original "
+        "context length are not scaled",
     ] = 32.0
     beta_slow: Annotated[
         float,
         Gt(0.0),
         Role.FUNCTION,
-        "With --rope-type yarn: dimensions that make fewer rotations than this in the original "
-        "context are fully scaled",
+        "With --rope-type yarn: dimensions that rotate less than X times over the original "
+        "context length are fully scaled",
     ] = 1.0
     mscale: Annotated[
         NonNegative,
         Role.FUNCTION,
-        "With --rope-type yarn: rotated queries and keys are multiplied by 0.1 x m x "
-        "ln(--rotary-scaling-factor) + 1, where m is this value, and divided by the same expression "
-        "with --mscale-all-dim",
+        "With --rope-type yarn: multiply rotated queries and keys by f(X) / "
+        "f(--mscale-all-dim), where f(m) = 0.1 x m x ln(--rotary-scaling-factor) + 1",
     ] = 1.0
     mscale_all_dim: Annotated[
         NonNegative,
         Role.FUNCTION,
         (
-            "With --rope-type yarn and --multi-latent-attention: attention scores are multiplied by "
-            "(0.1 x m x ln(--rotary-scaling-factor) + 1)^2, where m is this value; 0: no scaling"
+            "With --rope-type yarn and --multi-latent-attention: multiply attention scores by (0.1 "
+            "x X x ln(--rotary-scaling-factor) + 1)^2; 0: no scaling"
         ),
     ] = 0.0
     multi_latent_attention: Annotated[

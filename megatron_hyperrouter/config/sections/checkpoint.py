@@ -29,16 +29,16 @@ class CheckpointConfig:
         bool, Role.UPKEEP, "Write checkpoints in the background, from a copy in CPU memory"
     ] = True
     keep_checkpoints: Annotated[
-        Natural, Role.UPKEEP, Quiet(1), "Keep this many of the newest checkpoints; 0: all"
+        Natural, Role.UPKEEP, Quiet(1), "Number of newest checkpoints to keep; 0: keep all checkpoints"
     ] = 0
     keep_every: Annotated[
         Natural,
         Role.UPKEEP,
         Quiet(0),
-        "Also keep the checkpoints of steps that are multiples of this; 0: off",
+        "With --keep-checkpoints: also keep the checkpoint of each step that is a multiple of N; 0: off",
     ] = 0
     exit_duration_in_mins: Annotated[
-        float | None, Gt(0.0), Role.UPKEEP, "Save and stop once the program has run for this many minutes"
+        float | None, Gt(0.0), Role.UPKEEP, "Save and stop when the program has run for X minutes"
     ] = None
     trust_checkpoint: Annotated[
         bool,
@@ -53,37 +53,39 @@ class CheckpointConfig:
         bool,
         Role.UPKEEP,
         (
-            "Save checkpoints without the optimizer state; the weights can be used, but a run cannot "
-            "resume exactly"
+            "Save checkpoints without the optimizer state; you can use their weights, but a run "
+            "cannot resume exactly from them"
         ),
     ] = False
     no_load_optim: Annotated[
         bool, Role.START, "Resume at the checkpoint's step, with a new optimizer state and random state"
     ] = False
     no_load_rng: Annotated[
-        bool, Role.START, "Resume with the random state of a new run instead of the checkpoint's"
+        bool, Role.START, "Resume with a new random state instead of the random state in the checkpoint"
     ] = False
     use_checkpoint_opt_param_scheduler: Annotated[
         bool,
         Role.START,
-        "Resume with the checkpoint's learning-rate schedule and weight decay instead of the given ones",
+        "When resuming, take the learning-rate schedule and the weight decay from the "
+        "checkpoint, not from the settings",
     ] = False
     exit_interval: Annotated[
-        Count | None, Role.UPKEEP, "Save and stop after the next step that is a multiple of this"
+        Count | None, Role.UPKEEP, "Save and stop after the next step whose number is a multiple of N"
     ] = None
     load: Annotated[str | None, Role.START, FOLDER, "Run folder or checkpoint folder to resume from"] = None
     elastic: Annotated[
         bool,
         Role.START,
         "When resuming on another number of ranks, adjust the data-parallel size and the "
-        "micro-batch size automatically; the global batch size and all other parallel sizes stay "
-        "the same",
+        "micro-batch size; the global batch size and all other sizes stay the same",
     ] = False
     finetune: Annotated[
         bool,
         Role.START,
-        "Load only the weights of --load; begin with a new optimizer state and random state, at step 0",
+        "Load only the weights from --load; start at step 0, with a new optimizer state and random state",
     ] = False
     override: Annotated[
-        bool, Role.START, "When resuming, accept changed settings that alter what the weights compute"
+        bool,
+        Role.START,
+        "When resuming, accept changed settings even if they change what the weights compute",
     ] = False

@@ -57,16 +57,16 @@ class OptimizerConfig:
         bool,
         Role.PRECISION,
         Only("megatron"),
-        "With --bf16: accumulate and reduce gradients in bfloat16 instead of float32; saves memory, "
-        "but is less exact",
+        "With --bf16: accumulate and reduce gradients in bfloat16 instead of float32, which "
+        "saves memory but is less exact",
     ] = False
     overlap_grad_reduce: Annotated[
         bool | None,
         Role.SPEED,
         Only("megatron", harmless="DeepSpeed itself decides whether to overlap"),
         "Overlap the reduction of gradients with the backward pass; default: on with "
-        "--use-distributed-optimizer and several data-parallel or context-parallel ranks, but off if "
-        "--mtp-num-layers is used with several pipeline stages and a tied embedding",
+        "--use-distributed-optimizer and DP x CP > 1, but off with --mtp-num-layers if PP > 1 "
+        "and the embedding is tied",
     ] = None
     overlap_param_gather: Annotated[
         bool | None,

@@ -26,10 +26,9 @@ class PrecisionConfig:
         Literal["tensorwise", "delayed", "mxfp8", "blockwise"],
         Role.PRECISION,
         TE_ALONE,
-        "How fp8 scaling factors are chosen. delayed: from the absolute maxima (amax) of earlier "
-        "steps; tensorwise: "
-        "from current values, one factor per tensor; blockwise, mxfp8: from current values, one "
-        "factor per block",
+        "How to compute fp8 scaling factors. delayed: from the absolute maxima (amax) of "
+        "earlier steps; tensorwise: from current values, one factor per tensor; blockwise, "
+        "mxfp8: from current values, one factor per block",
     ] = "delayed"
     fp8_margin: Annotated[
         Natural, Role.PRECISION, TE_ALONE, "With --fp8-recipe delayed: divide scaling factors by 2^N"
@@ -45,7 +44,7 @@ class PrecisionConfig:
         Role.PRECISION,
         TE_ALONE,
         (
-            "With --fp8-recipe delayed: choose the scaling factor by the most recent or by the "
+            "With --fp8-recipe delayed: compute the scaling factor from the most recent or from the "
             "largest amax in the history"
         ),
     ] = "most_recent"
@@ -56,7 +55,8 @@ class PrecisionConfig:
         bool,
         Role.PRECISION,
         TE_ALONE,
-        "Keep the first and the last layers in bfloat16; not possible with --fp8-recipe delayed",
+        "With --fp8-format: compute the first and the last layers in bfloat16; not possible "
+        "with --fp8-recipe delayed",
     ] = False
     num_layers_at_start_in_bf16: Annotated[
         Natural,
