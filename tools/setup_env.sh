@@ -28,7 +28,7 @@ find_python() {
       return
     fi
   done
-  die "no Python >= 3.10 found ($(${PYTHON:-python3} --version 2>/dev/null || echo "no ${PYTHON:-python3}")); install one, or give its path: PYTHON=/path/to/python bash tools/setup_env.sh"
+  die "no Python >= 3.10 found ($(${PYTHON:-python3} --version 2>/dev/null || echo "no ${PYTHON:-python3}")); install a newer Python, or give the path of a newer Python: PYTHON=/path/to/python bash tools/setup_env.sh"
 }
 
 find_compiler() {

@@ -22,7 +22,7 @@ def check_gguf(run: RunConfig, target: Target, dtype: str, tokenizer: Tokenizer)
     words = tree.get("pre_tokenizer") or {}
     reasons = []
     if target.architecture != "Qwen3MoeForCausalLM" or not target.sums_to_one:
-        reasons.append("q/k norms (--qk-layernorm) and weights that sum to 1")
+        reasons.append("q/k norms (--qk-layernorm) and expert weights that sum to 1")
     if target.fields.get("mlp_only_layers"):
         reasons.append("experts in every layer")
     if rope_parameters(run)["rope_type"] != "default":

@@ -53,8 +53,8 @@ def _faults(result: Mapping[str, Any], dtype: str) -> Iterator[str]:
         if (gap := max(result["largest_gap"], default=0.0)) > NEAR:
             yield (
                 f"transformers routes {100 * (1 - same):.2f} % of the tokens to other experts than this "
-                f"program; their router logits differ by up to {gap:.1e}, but only a difference of at most "
-                f"{NEAR:.0e} counts as a tie"
+                f"program; for these tokens, the k-th and the next router logit differ by up to {gap:.1e}, "
+                f"but only a difference of at most {NEAR:.0e} counts as a tie"
             )
         return
     if same < SAME_EXPERTS:

@@ -174,7 +174,7 @@ def settings_in(path: Path) -> dict[str, Any]:
     """The settings of a run in its YAML file; none without the file. ConfigError for a damaged one."""
     if not path.is_file():
         return {}
-    remedy = "restore the file from settings.yaml in a checkpoint, or remove it"
+    remedy = "restore the file from settings.yaml in a checkpoint, or remove the file"
     try:
         found = load_yaml(str(path))
     except (OSError, ValueError) as error:

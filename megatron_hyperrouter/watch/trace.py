@@ -223,5 +223,6 @@ class _readable:
 
 def _damaged(path: Path, why: str) -> DataError:
     return DataError(
-        f"{path} cannot be read: {why}", remedy="check the file, or move it away to continue without it"
+        f"{path} cannot be read: {why}",
+        remedy="check the file, or move the file away and run this command again",
     )

@@ -55,7 +55,9 @@ def rotary_settings(rope: Mapping[str, Any], *, latent: bool) -> dict[str, Any]:
             raise ValueError("rope_type llama3 is supported only with the constants of Llama 3.1")
         return {"rope_type": "rope", "use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
     if kind != "yarn":
-        raise ValueError(f"rope_type {kind} is not supported; only default, linear, llama3 and yarn are")
+        raise ValueError(
+            f"rope_type {kind} is not supported; the supported types are default, linear, llama3 and yarn"
+        )
     if rope.get("truncate", True) is not True:
         raise ValueError("rope_type yarn with truncate = false is not supported")
     # What DeepSeek's own code has by default; without either, transformers takes 0.1 ln(factor) + 1.
