@@ -110,7 +110,7 @@ def test_a_restart_that_rank_0_does_not_know_of(
 ) -> None:
     """torchrun: a node whose own ranks have not failed counts no restart."""
     monkeypatch.setattr(
-        start_together, "is_restarted", lambda: threading.current_thread().name in ranks_that_know
+        start_together, "is_restarted", lambda _: threading.current_thread().name in ranks_that_know
     )
     config = parse(["--data-path", "text", "--run-dir", str(root.parent)], routers=ROUTERS)
     wanted = root / "step_0000004" if ranks_that_know else None

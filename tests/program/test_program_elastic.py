@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,8 @@ def test_a_restart_by_torchrun_keeps_the_global_batch_size_without_load(
     CheckpointFolders(tmp_path / "checkpoints", Alone()).save(
         2, lambda folder: (folder / "a").write_bytes(b"a"), meta
     )
+    began = {"event": "start", "time": time.time(), "step": 0, "attempt": 1}
+    (tmp_path / "events.jsonl").write_text(json.dumps(began) + "\n")
     flags = ["--mock-data", "--elastic", "--micro-batch-size", "1", "--run-dir", str(tmp_path)]
     words = laid_out_anew(flags, 1, [])
     assert words[-2:] == ["--global-batch-size", batch]

@@ -50,7 +50,9 @@ def laid_out_anew(words: Sequence[str], world_size: int, notes: list[str]) -> li
 
 def _saved(config: RunConfig) -> dict[str, Any]:
     """Batch and ranks of the checkpoint that the run continues from; empty for a new run."""
-    load = config.checkpoint.load or (config.logging.run_dir if is_restarted() else None)
+    load = config.checkpoint.load or (
+        config.logging.run_dir if is_restarted(config.logging.run_dir) else None
+    )
     if load is None:
         return {}
     try:

@@ -40,7 +40,7 @@ def agree_on_settings(config: RunConfig, meeting: Meeting) -> None:
 def decide_together(config: RunConfig, meeting: Meeting) -> Start:
     """Rank 0 decides what is loaded; CheckpointError if another rank does not see that checkpoint."""
     # Each node counts only the restarts after a failure of its own ranks, so that of rank 0 may know of none.
-    restarted = is_restarted()
+    restarted = is_restarted(config.logging.run_dir)
     restarted |= bool(meeting.difference("restarts", {"restarted": restarted}))
     return follow_rank_0(lambda: decide(config, restarted=restarted), meeting)
 

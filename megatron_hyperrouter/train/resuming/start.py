@@ -13,6 +13,10 @@ from megatron_hyperrouter.checkpoint.description import Description, describe
 from megatron_hyperrouter.checkpoint.folder import check_language_model, find, read_manifest
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.guard.events import FILE as EVENTS_FILE
+from megatron_hyperrouter.guard.events import OPENING, read_events
+
+_CLOCKS = 5.0  # seconds by which the clocks of two machines may differ
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def begin(
     config: RunConfig, start: Start | None, description: Description | None
 ) -> tuple[Start, Description]:
     """What a run begins with and what its checkpoints say; decided here if it was not decided before."""
-    start = decide(config, restarted=is_restarted()) if start is None else start
+    if start is None:
+        start = decide(config, restarted=is_restarted(config.logging.run_dir))
     return start, description or describe(settings_again(config, start))
 
 
@@ -126,10 +131,35 @@ def _begun(load: str, own: Path) -> Start | None:
     return Start(folder, manifest, finetuned_from=begun_from) if same or _is_own(load, own) else None
 
 
-def is_restarted() -> bool:
-    """Whether torchrun has started the ranks of this node again, after one of them had failed."""
+def is_restarted(run_dir: str) -> bool:
+    """Whether torchrun has started the ranks of this node again, after one of them had failed, and the run in
+    ``run_dir`` had begun by then.
+
+    If no attempt since the start of torchrun has begun, the folder contains nothing or an older run.
+    """
     count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-    return count.isdecimal() and int(count) > 0
+    if not count.isdecimal() or int(count) == 0:
+        return False
+    events = read_events(Path(run_dir) / EVENTS_FILE)
+    begun = [event["time"] for event in events if event.get("event") in OPENING and "time" in event]
+    return bool(begun) and float(str(begun[-1])) > _torchrun_began() - _CLOCKS
+
+
+def _torchrun_began() -> float:
+    """When the torchrun above this rank was started: seconds since 1970, or 0 if none is found (proc(5))."""
+    process = os.getppid()
+    while process > 1:
+        folder = Path("/proc", str(process))
+        try:
+            stat = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            words = (folder / "cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+            if any(Path(word).name == "torchrun" or "torch.distributed" in word for word in words[:4]):
+                booted = Path("/proc/stat").read_text(encoding="utf-8").partition("\nbtime ")[2].split()[0]
+                return int(booted) + int(stat[19]) / os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError, IndexError):
+            return 0.0
+        process = int(stat[1])
+    return 0.0
 
 
 def _own_root(config: RunConfig) -> Path:
