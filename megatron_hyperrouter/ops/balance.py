@@ -142,12 +142,12 @@ class _SumOfSquares(torch.autograd.Function):
 
 
 def token_mean(values_T: Tensor, over_shards: OverShards | None = None) -> Tensor:
-    """Mean over the micro-batch's tokens; with ``over_shards``, this rank's part of that mean, as in
-    :func:`switch_loss`.
+    """Mean over the micro-batch's tokens, or 0 without tokens.  With ``over_shards``: this rank's part of
+    that mean, as in :func:`switch_loss`.
     """
     if over_shards is None:
-        return values_T.mean()
-    return values_T.sum() / over_shards(values_T.new_full((1,), values_T.numel()))[0]
+        return values_T.mean() if values_T.numel() else values_T.sum()
+    return values_T.sum() / over_shards(values_T.new_full((1,), values_T.numel()))[0].clamp(min=1)
 
 
 def entropy(logits_TE: Tensor) -> Tensor:

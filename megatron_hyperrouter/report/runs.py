@@ -199,14 +199,17 @@ def events_chapter(named: Mapping[str, TrainingRun]) -> Section:
     section = Section("Events")
     rows: list[list[object]] = []
     for name, run in named.items():
-        began = next((float(event["time"]) for event in run.events if "time" in event), 0.0)
+        times = (event.get("time") for event in run.events)  # a damaged line may have a text or nothing
+        numbers = [float(each) for each in times if isinstance(each, int | float)]
+        began = numbers[0] if numbers else 0.0
         for event in run.events:
             if event.get("event") == "save":
                 continue
             known = ("event", "time", "step", "attempt")
             rest = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known)
-            minutes = (float(event.get("time", began)) - began) / 60
-            rows.append([name, event.get("event"), event.get("step"), f"{minutes:.1f}", rest])
+            now = event.get("time")
+            minutes = f"{(now - began) / 60:.1f}" if isinstance(now, int | float) else None
+            rows.append([name, event.get("event"), event.get("step"), minutes, rest])
     note = "Column minutes: time since the first event of the run."
     if len(rows) > _MOST_EVENTS:
         note += (

@@ -52,15 +52,13 @@ def build_router(
             problems.
     """
     cls = router_class(name)
-    config = make_options(cls, options, hidden_size=hidden_size, num_experts=num_experts, topk=topk)
-    return cls(
-        config,
-        hidden_size=hidden_size,
-        num_experts=num_experts,
-        topk=topk,
-        layer_number=layer_number,
-        seed=seed,
-        aux_loss_coeff=aux_loss_coeff,
-        z_loss_coeff=z_loss_coeff,
-        facts=facts,
-    )
+    others: dict[str, Any] = {
+        "layer_number": layer_number,
+        "seed": seed,
+        "aux_loss_coeff": aux_loss_coeff,
+        "z_loss_coeff": z_loss_coeff,
+        "facts": facts,
+    }
+    sizes: dict[str, Any] = {"hidden_size": hidden_size, "num_experts": num_experts}
+    config = make_options(cls, options, **sizes, topk=topk, others=others)
+    return cls(config, **sizes, topk=topk, **others)

@@ -229,7 +229,7 @@ class ChoosingRouter(Router):
         if self.config.aux_loss == "global_batch":
             return self.aux_loss_coeff * known_load_loss(probs_TE, self.share_E, self.over_shards)
         # else all tokens are one sequence
-        if self.config.aux_loss == "sequence" and now.tokens is not None:
+        if self.config.aux_loss == "sequence" and now.tokens is not None and len(logits_TE):
             sequence_T = now.tokens.places_T // now.tokens.seq_length
             sequence_T = sequence_T - sequence_T.min()
             number = int(sequence_T.max()) + 1 if now.tokens.sequences is None else now.tokens.sequences

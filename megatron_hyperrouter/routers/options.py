@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
+from numbers import Real
 from typing import Any, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_hyperrouter.errors import ConfigError, Problem
-from megatron_hyperrouter.routers.base import ROUTERS, Router
+from megatron_hyperrouter.routers.base import ROUTERS, Router, RunFacts
+
+_FINITE = ConfigDict(allow_inf_nan=False)
 
 
 def router_class(name: str) -> type[Router]:
@@ -27,9 +32,16 @@ def make_options(
     hidden_size: int,
     num_experts: int,
     topk: int | Callable[[int], int],
+    others: Mapping[str, Any],
 ) -> Router.Config:
-    """The ``Config`` of ``cls`` with these options, for a model of this size; raises ConfigError."""
-    problems = [*_size_problems(hidden_size, num_experts, topk), *_option_problems(cls, options)]
+    """The ``Config`` of ``cls`` with these options, for a model of this size.  ``others``: the other
+    keywords of the constructor, which are only checked.  Raises ConfigError.
+    """
+    problems = [
+        *_size_problems(hidden_size, num_experts, topk),
+        *_common_problems(**others),
+        *_option_problems(cls, options),
+    ]
     if problems:
         raise ConfigError(problems)
     config = cls.Config(**options)
@@ -48,15 +60,55 @@ def make_options(
 
 def _size_problems(hidden_size: int, num_experts: int, topk: int | Callable[[int], int]) -> Iterator[Problem]:
     for flag, value in (("--hidden-size", hidden_size), ("--num-experts", num_experts)):
-        if value < 1:
+        if not _is_integer(value):
+            yield Problem(flag, repr(value), "must be an integer", "use 1 or more")
+        elif value < 1:
             yield Problem(flag, value, "must be at least 1", "use 1 or more")
-    if isinstance(topk, int) and not 1 <= topk <= max(num_experts, 1):
+    if callable(topk) or not _is_integer(num_experts):
+        return
+    if not _is_integer(topk):
+        rule = "must be an integer, or a function that returns an integer for a step"
+        yield Problem("--moe-router-topk", repr(topk), rule, f"use an integer from 1 to {num_experts}")
+    elif not 1 <= topk <= max(num_experts, 1):
         yield Problem(
             "--moe-router-topk",
             topk,
             f"must be from 1 to --num-experts = {num_experts}",
             "use a smaller k, or increase --num-experts",
         )
+
+
+def _common_problems(
+    *, layer_number: int, seed: int, aux_loss_coeff: float, z_loss_coeff: float, facts: RunFacts | None
+) -> Iterator[Problem]:
+    """Problems of the arguments that have the same meaning for every router."""
+    for name, whole, least in (("layer_number", layer_number, 1), ("seed", seed, 0)):
+        if not _is_integer(whole) or not least <= whole < 1 << 63:
+            rule = f"must be an integer from {least} to 2^63 - 1"
+            yield Problem(name, repr(whole), rule, f"use an integer >= {least}")
+    for name, number in (("aux_loss_coeff", aux_loss_coeff), ("z_loss_coeff", z_loss_coeff)):
+        if not isinstance(number, Real) or not 0 <= number < math.inf:
+            rule = "must be a finite number >= 0"
+            yield Problem(name, repr(number), rule, "use 0 to leave this loss out")
+    if facts is None:
+        return
+    if not isinstance(facts, RunFacts):
+        remedy = "use RunFacts(num_layers=..., train_iters=..., vocab_size=...)"
+        yield Problem("facts", repr(facts), "must be a RunFacts, or None", remedy)
+        return
+    for name in ("num_layers", "train_iters", "vocab_size"):
+        value = getattr(facts, name)
+        if not _is_integer(value) or value < 1:
+            yield Problem(f"facts.{name}", repr(value), "must be an integer >= 1", "use 1 or more")
+
+
+def _is_integer(value: object) -> bool:
+    """Whether ``value`` is an integer, of Python or of another library, and not a bool."""
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
 
 
 def _option_problems(cls: type[Router], options: Mapping[str, Any]) -> Iterator[Problem]:
@@ -72,7 +124,7 @@ def _option_problems(cls: type[Router], options: Mapping[str, Any]) -> Iterator[
             )
             continue
         try:
-            TypeAdapter(kinds[name]).validate_python(value, strict=True)
+            TypeAdapter(kinds[name], config=_FINITE).validate_python(value, strict=True)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             default = "" if defaults[name] is None else f" (default: {defaults[name]})"

@@ -61,7 +61,7 @@ def test_what_is_no_schedule(tmp_path: Path, text: str, rule: str) -> None:
 
 
 def test_a_schedule_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"gone\.yaml: cannot be read: No such file or directory\n"):
         mixes_of(DataConfig(data_schedule=str(tmp_path / "gone.yaml")))
 
 

@@ -273,6 +273,22 @@ def test_folding(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_no_tokens_cost_nothing(name, shards):
+    router = small(name, aux_loss_coeff=1.0, z_loss_coeff=1.0)
+    if shards == 2:  # the other one has no tokens either
+        router.over_shards = router.gather_shards = torch.Tensor.clone
+    ids_T = torch.zeros(0, dtype=torch.int64)
+    x_TD = torch.zeros(0, D, requires_grad=True)
+    routing = route(router, x_TD, tokens=Tokens(ids_T, ids_T, 4))
+    assert tuple(routing.weights_TK.shape) == (0, 2)
+    assert {"aux", "z"} <= set(routing.losses)
+    assert all(float(loss) == 0.0 for loss in routing.losses.values()), routing.losses
+    for gradient in gradients(router, x_TD, routing.weights_TK.sum() + sum(routing.losses.values())):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_unknown_options_and_sizes_are_reported_together(name):
     with pytest.raises(ConfigError) as caught:
         small(name, topk=E + 1, num_experts=E, hidden_size=0, no_such_option=3)

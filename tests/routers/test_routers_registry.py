@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import fields
+from functools import partial
 from typing import Annotated, get_args, get_origin, get_type_hints
 
+import numpy
 import pytest
 import torch
 
 import megatron_hyperrouter
 from megatron_hyperrouter import ROUTERS, build_router
 from megatron_hyperrouter.errors import ConfigError
-from megatron_hyperrouter.routers.base import Router
+from megatron_hyperrouter.routers.base import Router, RunFacts
 
 SIZES = {"hidden_size": 16, "num_experts": 8, "topk": 2}
 
@@ -76,6 +79,47 @@ def test_bad_options(options, message):
     (problem,) = caught.value.problems
     assert problem.field == f"--router.{next(iter(options))}"
     assert message in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "said"),
+    [
+        ("hidden_size", 16.0, "--hidden-size = 16.0: must be an integer"),
+        ("num_experts", "8", "--num-experts = '8': must be an integer"),
+        ("topk", 2.5, "--moe-router-topk = 2.5: must be an integer, or a function"),
+        ("topk", True, "--moe-router-topk = True: must be an integer, or a function"),
+        ("layer_number", 0, "layer_number = 0: must be an integer from 1"),
+        ("seed", 1.5, "seed = 1.5: must be an integer from 0"),
+        ("seed", 1 << 64, f"seed = {1 << 64}: must be an integer from 0 to 2^63 - 1"),
+        ("aux_loss_coeff", float("nan"), "aux_loss_coeff = nan: must be a finite number >= 0"),
+        ("z_loss_coeff", -1.0, "z_loss_coeff = -1.0: must be a finite number >= 0"),
+        ("facts", (2, 100, 50), "facts = (2, 100, 50): must be a RunFacts, or None"),
+        ("facts", RunFacts(vocab_size=0), "facts.vocab_size = 0: must be an integer >= 1"),
+        ("logit_std", float("inf"), "--router.logit_std = inf: must be a finite number"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_refused(argument, value, said):
+    with pytest.raises(ConfigError) as caught:
+        build_router("stablemoe" if argument == "facts" else "hyper", **{**SIZES, argument: value})
+    (problem,) = caught.value.problems
+    assert str(problem).startswith(said)
+
+
+@pytest.mark.parametrize("k", [1.0, 2.5, True, "2"])
+def test_k_that_is_no_integer_is_refused_in_a_pass(k):
+    router = build_router("topk", **{**SIZES, "topk": lambda step: k})
+    for call in (router, partial(build_router("topk", **SIZES), topk=k)):
+        with pytest.raises(ValueError, match=re.escape(f"topk = {k!r}: must be an integer")):
+            call(torch.ones(3, 16))
+
+
+def test_integers_of_other_libraries_count():
+    small = {name: numpy.int64(value) for name, value in SIZES.items()}
+    x_TD = torch.randn(3, 16)
+    found = build_router("topk", **small, aux_loss_coeff=numpy.float32(0.5))(x_TD, topk=torch.tensor(3))
+    wanted = build_router("topk", **SIZES, aux_loss_coeff=0.5)(x_TD, topk=3)
+    assert torch.equal(found.experts_TK, wanted.experts_TK)
+    assert torch.equal(found.losses["aux"], wanted.losses["aux"])
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ def scheduled(data: DataConfig) -> tuple[Mix, ...]:
     try:
         entries = parse_yaml(given) if is_inline(given) else load_yaml(given)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot be read: {reason}") from error
     if not isinstance(entries, list) or not entries:
         raise ValueError("must be a list of mixes")
     fill = str if is_inline(given) else expanded  # the schedule in a run's config.yaml is already expanded
