@@ -15,6 +15,8 @@ from torch import Tensor
 from megatron_hyperrouter.generation.attention import KeyValueCache
 from megatron_hyperrouter.generation.decoder import Decoder
 
+_COLDEST = 1e-30  # a lower temperature is greedy decoding; logits divided by it would overflow
+
 
 @dataclass(frozen=True)
 class Style:
@@ -73,7 +75,7 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 def choose(logits_V: Tensor, style: Style, generator: torch.Generator) -> int:
     """The next token."""
-    if style.temperature == 0.0:
+    if style.temperature < _COLDEST:
         return int(logits_V.argmax())
     probs_V = (logits_V / style.temperature).softmax(-1)
     if style.top_p < 1.0:

@@ -6,6 +6,7 @@ each, of which a token may use ``C``.
 
 from __future__ import annotations
 
+import operator
 from typing import Literal, NamedTuple
 
 import torch
@@ -96,6 +97,18 @@ def log_scores(logits_TE: Tensor, score: Score) -> Tensor:
     Its softmax is the scores divided by their sum, but without 0 / 0 if all of them underflow.
     """
     return logits_TE if score == "softmax" else F.logsigmoid(logits_TE)
+
+
+def whole(k: int) -> int:
+    """``k``, also as an integer of NumPy or torch; ValueError if it is a bool or no integer."""
+    if type(k) is int:
+        return k
+    try:
+        if isinstance(k, bool):
+            raise TypeError
+        return operator.index(k)
+    except TypeError:
+        raise ValueError(f"topk = {k!r}: must be an integer") from None
 
 
 def best_experts(scores_TE: Tensor, k: int, groups: Groups | None = None) -> Tensor:

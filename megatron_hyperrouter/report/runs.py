@@ -208,7 +208,7 @@ def events_chapter(named: Mapping[str, TrainingRun]) -> Section:
             known = ("event", "time", "step", "attempt")
             rest = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known)
             now = event.get("time")
-            minutes = f"{(now - began) / 60:.1f}" if isinstance(now, int | float) else None
+            minutes = f"{(now - began) / 60:.1f}" if isinstance(now, int | float) else "-"
             rows.append([name, event.get("event"), event.get("step"), minutes, rest])
     note = "Column minutes: time since the first event of the run."
     if len(rows) > _MOST_EVENTS:

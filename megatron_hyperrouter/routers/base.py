@@ -8,7 +8,6 @@ chosen ids ``_TK``; *load* is the number of tokens of each expert ``_E``.
 from __future__ import annotations
 
 import math
-import operator
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -25,7 +24,7 @@ from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops import keyed
 from megatron_hyperrouter.ops.balance import switch_loss, z_loss
 from megatron_hyperrouter.ops.linear import float32_maths
-from megatron_hyperrouter.ops.topk import Groups, best_experts, topk_softmax
+from megatron_hyperrouter.ops.topk import Groups, best_experts, topk_softmax, whole
 
 ROUTERS: dict[str, type[Router]] = {}
 
@@ -342,17 +341,8 @@ class Router(nn.Module):
         experts: ExpertBank | None = None,
         tokens: Tokens | None = None,
     ) -> Pass:
-        """The pass that :meth:`forward` makes of these arguments; raises ValueError unless k is an
-        integer from 1 to E.
-        """
-        k = self.topk_at(step) if topk is None else topk
-        if type(k) is not int:  # of NumPy, for example
-            try:
-                if isinstance(k, bool):
-                    raise TypeError
-                k = operator.index(k)
-            except TypeError:
-                raise ValueError(f"topk = {k!r}: must be an integer") from None
+        """The pass that :meth:`forward` makes of these arguments; raises ValueError unless 1 <= k <= E."""
+        k = whole(self.topk_at(step) if topk is None else topk)
         most = self.config.largest_topk(self.num_experts)
         if not 1 <= k <= most:
             name = "num_experts" if most == self.num_experts else "the number of experts in group_topk groups"

@@ -16,7 +16,8 @@ def shares(style: Style, draws: int = 4000) -> torch.Tensor:
 
 
 def test_greedy_takes_the_likeliest() -> None:
-    assert choose(LOGITS, Style(), torch.Generator()) == 1
+    for temperature in (0.0, 1e-320, 1e-38, 1e-30):
+        assert choose(LOGITS, Style(temperature=temperature), torch.Generator()) == 1
 
 
 def test_draws_follow_the_temperature() -> None:

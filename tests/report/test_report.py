@@ -7,6 +7,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import os
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -16,6 +17,7 @@ from xml.etree import ElementTree
 import pytest
 from report.report_folders import write_analysis, write_comparison, write_finetuning, write_run, write_scaling
 
+from megatron_hyperrouter.commands.studies import report as report_command
 from megatron_hyperrouter.errors import ConfigError
 from megatron_hyperrouter.report.build import write_report
 from megatron_hyperrouter.report.comparisons import pareto
@@ -175,6 +177,27 @@ def test_a_run_without_steps_and_a_half_written_line(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text(f'{whole}\n{{"step": 2, "lm_lo')
     write_report([run], tmp_path / "r.html")
     assert Page((tmp_path / "r.html").read_text()).row("steps taken")[1] == "1"
+
+
+def test_an_event_without_a_usable_time_has_no_minutes(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "new", steps=2)
+    with (run / "events.jsonl").open("a") as file:
+        file.write('{"event": "odd", "time": "noon"}\n{"event": "none"}\n')
+    write_report([run], tmp_path / "r.html")
+    page = Page((tmp_path / "r.html").read_text())
+    assert page.row("new", "alarm")[3] == "1.0"
+    assert page.row("new", "odd")[3] == page.row("new", "none")[3] == "-"
+
+
+@pytest.mark.parametrize("name", ["folder", "pipe"])
+def test_an_output_that_is_no_file_is_refused_and_stays(name: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=2)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=rf"--output = .*{name}: is not a file"):
+        report_command.main([str(run), "--output", str(tmp_path / name)])
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe", "run"]
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_refusals_name_every_folder(tmp_path: Path) -> None:

@@ -190,6 +190,8 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         flags.refuse("--prompt", "", "cannot be combined with --prompt-file", "keep one of the two flags")
     flags.check_at_least(args, 1, "max_new_tokens")
     flags.check_at_least(args, 0, "temperature")
+    if not -(1 << 63) <= args.seed < 1 << 64:
+        flags.refuse("--seed", args.seed, "must be an integer of at most 64 bits", "use a smaller number")
     if not 0 < args.top_p <= 1:
         flags.refuse("--top-p", args.top_p, "must be greater than 0 and at most 1", "use --top-p 0.9")
     return args

@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_hyperrouter.files import check_output
 from megatron_hyperrouter.terminal import note, parser
 
 
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str]) -> None:
     args = read_flags(arguments)
     from megatron_hyperrouter.report.build import write_report
 
+    check_output(args.output)
     write_report(args.sources, args.output)
     note(f"written: {args.output} ({args.output.stat().st_size / 1e3:,.0f} kB)")
 
