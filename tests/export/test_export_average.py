@@ -81,6 +81,8 @@ def test_what_cannot_be_averaged_is_refused(tmp_path: Path) -> None:
         main(["--load", str(run), *out, "--last", "4"])
     with pytest.raises(ConfigError, match="one weight for each of the 2"):
         main(["--load", str(run), *out, "--steps", "10", "30", "--weights", "1"])
+    with pytest.raises(ConfigError, match="finite sum greater than 0"):  # else each share would be 0
+        main(["--load", str(run), *out, "--steps", "10", "30", "--weights", "1e308", "1e308"])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

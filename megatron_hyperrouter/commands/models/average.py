@@ -7,6 +7,7 @@ average_certificate.json in the new folder lists the averaged checkpoints and th
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,7 +163,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         flags.refuse("--ema", args.ema, "cannot be combined with --weights", "keep one of the two flags")
     if args.ema is not None and not 0 < args.ema < 1:
         flags.refuse("--ema", args.ema, "must be greater than 0 and less than 1", "use --ema 0.9")
-    if args.weights is not None and not sum(args.weights) > 0:
-        rule = "must have a sum greater than 0"
+    if args.weights is not None and not 0 < sum(args.weights) < math.inf:
+        rule = "must have a finite sum greater than 0"
         flags.refuse("--weights", args.weights, rule, "leave out --weights for equal weights")
     return args
