@@ -72,9 +72,9 @@ def stacks_experts(config: RunConfig) -> bool:
 # Names of Megatron-LM for --recompute-modules, and why they are not recomputed here.
 NOT_RECOMPUTED: Mapping[str, str] = MappingProxyType(
     {
-        "layernorm": "megatron-core supports it only with Transformer Engine",
-        "moe_act": "only the experts of Transformer Engine support it",
-        "mla_up_proj": "the backward pass of attention needs its result anyway",
+        "layernorm": "megatron-core can recompute this part only with Transformer Engine",
+        "moe_act": "only the experts of Transformer Engine can recompute this part",
+        "mla_up_proj": "the backward pass of attention needs the result of this part anyway",
     }
 )
 

@@ -56,7 +56,7 @@ class TestPrecedence:
         words += ["--skip-steps", "5-6", "--local_rank=0", "--local_rank=1", "--lr=2e-3"]
         config = parse(words, routers=routers, notes=notes)
         assert config.optimizer.lr == 2e-3 and len(config.guard.skip_steps) == 2
-        assert notes == ["--lr is given more than once; the last one counts: 2e-3"]
+        assert notes == ["--lr is given more than once; the last value is used: 2e-3"]
 
     def test_what_repeated_flags_name_adds_up(self, routers):
         argv = [

@@ -134,8 +134,8 @@ class TestKinds:
     def test_what_is_always_so_is_accepted_and_counted(self, all_routers):
         flags = "--swiglu --normalization RMSNorm --use-mcore-models --optimizer adam --disable-bias-linear"
         _, note = understood(all_routers, *flags.split(), "--use-flash-attn", "--log_throughput")
-        assert "5 with the only value that this program supports" in note
-        assert "2 (--use-flash-attn, --log-throughput) without effect on the result" in note
+        assert "5 have the only value that this program supports" in note
+        assert "2 (--use-flash-attn, --log-throughput) have no effect on the result" in note
 
     def test_what_is_always_otherwise_is_refused(self, all_routers):
         for flag, value, reason in (

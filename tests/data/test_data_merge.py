@@ -175,11 +175,11 @@ def test_another_tokenizer_is_told_by_its_checksum(tmp_path: Path, inputs: list[
     (pair,) = preprocess(inputs, str(tmp_path / "p"), settings("HuggingFaceTokenizer", models[0]))
     right, wrong = (build_tokenizer("HuggingFaceTokenizer", model) for model in models)
     assert "verified" in describe(pair.prefix, tokenizer=right, verify=True)["manifest"]
-    describe(pair.prefix, tokenizer=wrong)
-    with pytest.raises(
-        DataError, match=r"p_text_document: the data were made with the tokenizer .*300.*, not with .*"
-    ):
-        describe(pair.prefix, tokenizer=wrong, verify=True)
+    for verify in (False, True):
+        with pytest.raises(
+            DataError, match=r"p_text_document: the data were made with the tokenizer .*300.*, not with .*"
+        ):
+            describe(pair.prefix, tokenizer=wrong, verify=verify)
 
 
 def test_a_name_with_odd_characters(tmp_path: Path, inputs: list[str]) -> None:

@@ -51,11 +51,12 @@ def test_the_run_is_the_one_that_stayed(runs: tuple[Path, Path, list[Job]]) -> N
 
 def test_it_says_what_it_chose(runs: tuple[Path, Path, list[Job]]) -> None:
     _, _, (first, second, third) = runs
-    size = "micro-batch size 2, micro-batches per rank and step:"
-    assert f"--elastic: 4 ranks: data-parallel size 4, {size} 1" in first.stdout
-    assert f"--elastic: 2 ranks instead of 4: data-parallel size 2, {size} 2" in second.stdout
+    size = "micro-batch size = 2, micro-batches per rank in each step ="
+    assert f"--elastic: the run has 4 ranks; data-parallel size = 4, {size} 1" in first.stdout
+    assert f"--elastic: the run has 2 ranks instead of 4; data-parallel size = 2, {size} 2" in second.stdout
     assert (
-        "--elastic: 4 ranks instead of 2" in third.stdout and "the global batch size stays 8" in third.stdout
+        "--elastic: the run has 4 ranks instead of 2" in third.stdout
+        and "the global batch size stays 8" in third.stdout
     )
 
 
@@ -70,7 +71,9 @@ def test_a_micro_batch_that_does_not_divide_is_made_smaller(
 ) -> None:
     flags = flags_of(text, tmp_path / "run", "--dry-run", "--world-size", 8, layout=LAYOUT)
     told = zygote.run(flags, ranks=1)
-    assert "data-parallel size 8, micro-batch size 1, micro-batches per rank and step: 1" in told.stdout
+    assert (
+        "data-parallel size = 8, micro-batch size = 1, micro-batches per rank in each step = 1" in told.stdout
+    )
     assert "the micro-batch size is 1 instead of 2" in told.stdout
 
 

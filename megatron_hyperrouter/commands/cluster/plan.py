@@ -195,6 +195,10 @@ def vocabulary_of(config: RunConfig) -> int:
         return tokenizer_of(config.data).vocab_size
     except (DataError, HostError) as error:
         ids = config.data.vocab_size or _ASSUMED_IDS
-        reason = "from --vocab-size" if config.data.vocab_size else "a guess; --vocab-size N changes it"
+        reason = (
+            "from --vocab-size"
+            if config.data.vocab_size
+            else "a guess; set the real number with --vocab-size N"
+        )
         note(f"the tokenizer cannot be read ({error.message}); the plan uses {ids:,} token ids ({reason})")
         return ids

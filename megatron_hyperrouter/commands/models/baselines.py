@@ -96,7 +96,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} contains no evaluation results",
-            remedy="write it with mhr evaluate --output FILE.json",
+            remedy="give the file that mhr evaluate --output FILE.json wrote",
         ) from error
     if not results:
         raise DataError(f"{path} has no results", remedy="evaluate the run with at least one k")

@@ -258,7 +258,7 @@ def check_output(output: Path, facts: Mapping[str, Any] | None) -> None:
 def other_than(earlier: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
     """Why the fine-tuning that ``earlier`` describes cannot continue, or ""; more seeds are allowed."""
     if facts is None:
-        return "has an unfinished fine-tuning"
+        return "contains an unfinished fine-tuning run"
     before, now = map(_comparable, (earlier, facts))
     for name, value in now.items():
         if before.get(name) != value:

@@ -146,7 +146,7 @@ def make_tasks(args: Namespace, folder: Path) -> None:
     empty = write_tasks(folder, texts_of(args))
     if wrong := sorted(set(args.tasks) & set(empty)):
         raise DataError(
-            f"{' and '.join(wrong)}: the texts are too short",
+            f"the texts are too short for {' and '.join(wrong)}",
             remedy="give longer texts with --text FILE.jsonl; for next_line, each text needs several lines",
         )
 

@@ -107,7 +107,7 @@ def write_study(output: Path, content: Mapping[str, Any], *, started: bool) -> N
         if before["comparisons"] != content["comparisons"]:
             rule = (
                 "cannot be changed once a run is finished; this study has "
-                f"{', '.join(before['comparisons']) or 'none'}"
+                f"{', '.join(before['comparisons']) or 'no comparisons'}"
             )
             remedy = "give the same comparisons, or another --output folder"
             raise ConfigError([Problem("--comparisons", " ".join(content["comparisons"]), rule, remedy)])

@@ -21,13 +21,13 @@ def show_run(config: RunConfig, world_size: int) -> None:
         epoch = _epoch(config, vocab_size)
     except (DataError, HostError) as error:
         known = vocab_size or config.data.vocab_size
-        what = "the number of epochs" if known else "the number of epochs or the size of the embedding"
-        console.note(f"the dry run does not know {what}: {error.message}")
+        what = "the number of epochs" if known else "the number of epochs and the size of the embedding"
+        console.note(f"the dry run cannot show {what}: {error.message}")
     model, held = holdings(config, vocab_size or config.data.vocab_size or 0, world_size)
     block = start_block(config, model.size, world_size=world_size, epoch=epoch)
     lines = [(label, text) for label, text in block if label not in ("device", "run folder")]
     console.table([*lines, *held])
-    console.note("memory is an estimate that excludes CUDA and NCCL; mhr plan compares layouts")
+    console.note("the memory is an estimate, which excludes CUDA and NCCL; to compare layouts, use mhr plan")
     console.note("dry run: the settings are valid; nothing was started")
 
 

@@ -92,10 +92,12 @@ def _no_layout(config: RunConfig, batch: int | None, world_size: int) -> Problem
 def _said(config: RunConfig, before: dict[str, Any], now: tuple[int, int, int, int]) -> list[str]:
     world_size, ranks, batch, micro = now
     was = before.get("world_size")
-    head = f"--elastic: {world_size} ranks" + (f" instead of {was}" if was not in (None, world_size) else "")
+    head = f"--elastic: the run has {world_size} ranks" + (
+        f" instead of {was}" if was not in (None, world_size) else ""
+    )
     lines = [
-        f"{head}: data-parallel size {ranks}, micro-batch size {micro}, micro-batches per rank and "
-        f"step: {batch // (ranks * micro)}; the global batch size stays {batch}"
+        f"{head}; data-parallel size = {ranks}, micro-batch size = {micro}, micro-batches per rank in "
+        f"each step = {batch // (ranks * micro)}; the global batch size stays {batch}"
     ]
     if micro != config.train.micro_batch_size:
         lines.append(

@@ -51,15 +51,21 @@ class Carried:
         """One line that counts them."""
         parts = []
         if self.always:
-            parts.append(f"{_count(self.always)} with the only value that this program supports")
+            parts.append(
+                f"{_count(self.always)} {_have(self.always)} the only value that this program supports"
+            )
         if self.no_effect:
-            parts.append(f"{_count(self.no_effect)} without effect on the result")
+            parts.append(f"{_count(self.no_effect)} {_have(self.no_effect)} no effect on the result")
         if self.translated:
             parts.append("translated: " + ", ".join(self.translated))
         if parts:
             yield "Megatron-LM flags in this command: " + "; ".join(parts)
         foreign = len(self.always) + len(self.no_effect) + len(self.translated)
         yield from defaults_that_differ(self.given, foreign)
+
+
+def _have(flags: list[str]) -> str:
+    return "has" if len(flags) == 1 else "have"
 
 
 def _count(flags: list[str]) -> str:

@@ -31,7 +31,7 @@ class CommandLine:
     def notes(self) -> list[str]:
         """For the user: flags that were given again with other words."""
         return [
-            f"{name} is given more than once; the last one counts: {' '.join(self.flags[name])}"
+            f"{name} is given more than once; the last value is used: {' '.join(self.flags[name])}"
             for name in dict.fromkeys(
                 name for name, words in self.earlier if self.flags.get(name, words) != words
             )
@@ -144,7 +144,7 @@ def _flatten(path: str, document: dict[str, Any], problems: list[Problem]) -> Ya
 def _add(file: YamlFile, settings: Iterable[tuple[str, Any]], where: str) -> None:
     for name, value in settings:
         if name in file.values:
-            remedy = f"keep the one {where}" if where else "keep one of them"
+            remedy = f"keep the entry {where}" if where else "keep one of the two entries"
             file.problems.append(_twice(file.path, name, file.values[name], remedy))
         file.values[name] = value
 
@@ -154,7 +154,7 @@ def _name(key: str) -> str:
     return key.removeprefix("--").replace("-", "_")
 
 
-def _twice(path: str, name: str, value: object, remedy: str = "keep one of them") -> Problem:
+def _twice(path: str, name: str, value: object, remedy: str = "keep one of the two entries") -> Problem:
     return Problem(f"{name} in {path}", value, "appears twice", remedy)
 
 
