@@ -287,7 +287,7 @@ class CheckpointFolders:
             + (
                 f"then continue from {name} with --load {self.root / name}"
                 if name
-                else "there is no earlier checkpoint"
+                else "there is no earlier checkpoint to continue from"
             ),
         )
 

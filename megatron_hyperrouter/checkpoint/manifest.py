@@ -163,11 +163,11 @@ def _wrong(manifest: Any) -> str:
     if manifest["format"] < 1 or manifest["step"] < 0:
         return "format or step is out of range"
     if not manifest["files"]:
-        return "it lists no files"
+        return "the list of files is empty"
     for name, entry in manifest["files"].items():
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts or "\0" in name:
-            return f"it lists {name}, a path outside the folder"
+            return f"the list of files has {name}, a path outside the folder"
         if not isinstance(entry, dict) or not {"bytes", "crc32"} <= entry.keys():
             return f"the entry of {name} lacks a size or a checksum"
     return ""

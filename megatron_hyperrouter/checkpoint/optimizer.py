@@ -166,7 +166,10 @@ class Staged:
             path.unlink()
 
 
-_REPORT = "continue from the last checkpoint, and report this bug: ranks disagree on what each of them writes"
+_REPORT = (
+    "continue from the last checkpoint, and report this bug: the ranks disagree about which rank writes "
+    "which part"
+)
 
 
 def read_index(folder: Path) -> dict[str, IndexEntry] | None:
@@ -194,8 +197,8 @@ def read_box(reader: Reader, entry: IndexEntry, name: str, box: Box, row: Tensor
             part = reader.part(stored.file, f"{stored.key}#{name}", common.within(stored.box))
             if tuple(part.shape) != common.size or part.dtype != row.dtype:
                 raise CheckpointError(
-                    f"{reader.folder / stored.file}: the shape or type of {stored.key}#{name} is not "
-                    f"the one in {INDEX}",
+                    f"{reader.folder / stored.file}: the shape or type of {stored.key}#{name} "
+                    f"differs from {INDEX}",
                     remedy="load an older checkpoint of this run",
                 )
             target[common.within(box)].copy_(part) if box.size else target.copy_(part)
