@@ -29,7 +29,7 @@ class ModelConfig:
     """The transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU experts, no biases."""
 
     num_layers: Annotated[Count, Role.SHAPE, "Number of transformer layers"] = 4
-    hidden_size: Annotated[Count, Role.SHAPE, "Model width D"] = 256
+    hidden_size: Annotated[Count, Role.SHAPE, "Width of the model (D)"] = 256
     num_attention_heads: Annotated[Count, Role.SHAPE, "Number of attention heads"] = 4
     num_query_groups: Annotated[
         Count | None,
@@ -47,15 +47,17 @@ class ModelConfig:
         "Hidden width of the feed-forward block in a dense layer; default: 4 x --hidden-size",
     ] = None
     moe_ffn_hidden_size: Annotated[
-        Count | None, Role.SHAPE, "Hidden width of one expert; default: --ffn-hidden-size"
+        Count | None, Role.SHAPE, "Hidden width of each expert; default: --ffn-hidden-size"
     ] = None
-    seq_length: Annotated[Count, Role.ORDER, "Tokens in one sample"] = 256
+    seq_length: Annotated[Count, Role.ORDER, "Number of tokens in one sample"] = 256
     qk_layernorm: Annotated[bool, Role.SHAPE, "Apply RMSNorm to queries and keys"] = False
     untie_embeddings_and_output_weights: Annotated[
         bool, Role.SHAPE, "Use a separate output (LM head) matrix instead of the tied embedding"
     ] = False
     norm_epsilon: Annotated[float, Gt(0.0), Role.FUNCTION, "Epsilon of RMSNorm"] = 1e-5
-    rotary_base: Annotated[float, Gt(1.0), Role.FUNCTION, "Base of the rotary position embedding"] = 10000.0
+    rotary_base: Annotated[float, Gt(1.0), Role.FUNCTION, "Base (theta) of the rotary position embedding"] = (
+        10000.0
+    )
     init_method_std: Annotated[
         float,
         Gt(0.0),
@@ -88,7 +90,8 @@ class ModelConfig:
     moe_shared_expert_gate: Annotated[
         bool,
         Role.SHAPE,
-        "Multiply the shared expert's output by a trained sigmoid gate, computed for each token",
+        "Multiply the output of the shared expert by a trained sigmoid gate, which is computed "
+        "for each token",
     ] = False
     moe_router_topk: Annotated[
         Count, Role.FUNCTION, "Number of active experts k for each token; with --topk-schedule, the final k"
@@ -110,10 +113,7 @@ class ModelConfig:
     mtp_num_layers: Annotated[
         Count | None,
         Role.SHAPE,
-        Only(
-            "megatron",
-            "leave out FLAG, or use --engine megatron",
-        ),
+        Only("megatron", "leave out FLAG, or use --engine megatron"),
         "Number of multi-token prediction layers; layer n predicts the token n positions after "
         "the next token; default: none",
     ] = None
@@ -121,17 +121,14 @@ class ModelConfig:
         NonNegative,
         Role.COURSE,
         Only("megatron"),
-        (
-            "Weight of the multi-token prediction loss, which is averaged over the multi-token "
-            "prediction layers"
-        ),
+        "Weight of the multi-token prediction loss, which is averaged over the multi-token prediction layers",
     ] = 0.1
     mlp_type: Annotated[
         Literal["standard", "residual"],
         Role.SHAPE,
         Only("deepspeed", "leave out FLAG, or use --engine deepspeed"),
-        "What an MoE layer consists of. standard: only experts; residual (PR-MoE): experts and a "
-        "dense MLP, with trained coefficients that mix their outputs",
+        "Parts of an MoE layer. standard: only experts; residual (PR-MoE): experts and a dense "
+        "MLP, mixed with trained coefficients",
     ] = "standard"
 
 
@@ -150,7 +147,9 @@ class TopKScheduleConfig:
         "Number of active experts k at the first step; default: --moe-router-topk",
     ] = None
     topk_schedule_steps: Annotated[
-        Count | None, Role.SCHEDULE, "Steps until k reaches --moe-router-topk; default: --train-iters"
+        Count | None,
+        Role.SCHEDULE,
+        "Number of steps until k reaches --moe-router-topk; default: --train-iters",
     ] = None
 
 
@@ -194,19 +193,20 @@ class ParallelConfig:
 class TrainConfig:
     """Batches, length and precision of the run."""
 
-    micro_batch_size: Annotated[Count, Role.PORTION, "Samples in one forward pass on one rank"] = 4
+    micro_batch_size: Annotated[Count, Role.PORTION, "Number of samples in one forward pass on one rank"] = 4
     global_batch_size: Annotated[
         Count | None,
         Role.BATCH,
-        "Samples in one optimizer step; default: --micro-batch-size x data-parallel ranks",
+        "Number of samples in one optimizer step; default: --micro-batch-size x number of "
+        "data-parallel ranks",
     ] = None
     rampup_batch_size: Annotated[
         tuple[Count, Count, Count] | None,
         Role.BATCH,
         Metavar("START INCREMENT SAMPLES"),
-        "Begin with START samples per step, and add INCREMENT at equal intervals, to reach "
-        "--global-batch-size after SAMPLES samples. With this flag, the learning-rate schedule "
-        "follows samples instead of steps",
+        "Increase the batch size from START by INCREMENT at a time, to reach "
+        "--global-batch-size after SAMPLES samples. The learning-rate schedule also counts "
+        "samples instead of steps",
     ] = None
     train_iters: Annotated[Count, Role.COURSE, "Number of optimizer steps in the run"] = 100
     seed: Annotated[
@@ -238,14 +238,16 @@ class TrainConfig:
         tuple[str, ...],
         Role.SPEED,
         Metavar("PART"),
-        "With --recompute-granularity selective: parts to recompute. Parts: core_attn "
-        "(attention without its projections), mlp (in dense layers), moe, shared_experts; "
-        "default: core_attn",
+        "With --recompute-granularity selective: parts to recompute: core_attn (attention "
+        "without its projections), mlp (in dense layers), moe or shared_experts; default: "
+        "core_attn",
     ] = ()
     eval_interval: Annotated[
-        Natural, Role.UPKEEP, Quiet(0), "Steps between evaluations; 0: no evaluation"
+        Natural, Role.UPKEEP, Quiet(0), "Number of steps between evaluations; 0: no evaluation"
     ] = 1000
-    eval_iters: Annotated[Natural, Role.PORTION, "Global batches in one evaluation; 0: no evaluation"] = 10
+    eval_iters: Annotated[
+        Natural, Role.PORTION, "Number of global batches in one evaluation; 0: no evaluation"
+    ] = 10
     exit_on_signal: Annotated[
         bool, Role.UPKEEP, "Save and stop on SIGTERM, Ctrl-C, SIGUSR1, SIGUSR2, SIGHUP"
     ] = True
@@ -272,9 +274,7 @@ class DataConfig:
         tuple[str, ...], Role.DATA, PREFIX, "Same as --data-path, but only for test data"
     ] = ()
     mock_data: Annotated[
-        bool,
-        Role.DATA,
-        "Train, validate and test on synthetic tokens, without data files",
+        bool, Role.DATA, "Train, validate and test on synthetic tokens, without data files"
     ] = False
     data_schedule: Annotated[
         str | None,
@@ -284,7 +284,10 @@ class DataConfig:
         " the first mix",
     ] = None
     split: Annotated[
-        str, Role.DATA, Metavar("A,B,C"), "Relative shares of --data-path for training, validation and test"
+        str,
+        Role.DATA,
+        Metavar("A,B,C"),
+        "Relative sizes of the training, validation and test parts of --data-path",
     ] = "969,30,1"
     tokenizer_type: Annotated[
         Literal[
@@ -324,9 +327,7 @@ class DataConfig:
         Literal["v1", "v2"], Role.TOKENIZER, "For TikTokenizer: version of the pre-tokenization pattern"
     ] = "v2"
     tiktoken_num_special_tokens: Annotated[
-        Count,
-        Role.TOKENIZER,
-        "For TikTokenizer: number of special tokens; they have the first ids",
+        Count, Role.TOKENIZER, "For TikTokenizer: number of special tokens; they have the first ids"
     ] = 1000
     tokenizer_special_tokens: Annotated[
         tuple[str, ...],
@@ -338,8 +339,8 @@ class DataConfig:
         Literal["auto", "materialised", "on-demand"],
         Role.ORDER,
         "When to compute the order of the samples. materialised: at the start, as in "
-        "megatron-core; on-demand: during training; auto: on-demand for 2**25 documents or "
-        "more. materialised and on-demand give different orders",
+        "megatron-core; on-demand: during training (another order); auto: on-demand for 2**25 "
+        "documents or more, else materialised",
     ] = "auto"
     data_cache_path: Annotated[
         str | None,
@@ -351,21 +352,17 @@ class DataConfig:
     num_workers: Annotated[
         Natural,
         Role.PORTION,
-        (
-            "Number of data-loading threads (each thread prefetches 4 micro-batches); 0: load each "
-            "batch when it is needed"
-        ),
+        "Number of data-loading threads (each thread prefetches 4 micro-batches); 0: load each "
+        "batch when it is needed",
     ] = 2
     reset_attention_mask: Annotated[
         bool, Role.COURSE, "Stop attention at document boundaries (end-of-document tokens)"
     ] = False
-    reset_position_ids: Annotated[bool, Role.COURSE, "Count positions from the start of each document"] = (
-        False
-    )
+    reset_position_ids: Annotated[
+        bool, Role.COURSE, "Restart the position count at the start of each document"
+    ] = False
     eod_mask_loss: Annotated[
-        bool,
-        Role.COURSE,
-        "Mask the loss of the first token after each end-of-document token",
+        bool, Role.COURSE, "Mask the loss of the first token after each end-of-document token"
     ] = False
     pack_documents: Annotated[
         bool,
@@ -380,9 +377,9 @@ class LoggingConfig:
     """What a run reports, and where."""
 
     run_dir: Annotated[
-        str, Role.PLACE, FOLDER, "Folder of this run: config.yaml, metrics.jsonl, checkpoints/"
+        str, Role.PLACE, FOLDER, "Folder of this run, for config.yaml, metrics.jsonl and checkpoints/"
     ] = "runs/default"
-    log_interval: Annotated[Count, Role.DISPLAY, "Steps between log lines on the console"] = 10
+    log_interval: Annotated[Count, Role.DISPLAY, "Number of steps between log lines on the console"] = 10
     log_params_norm: Annotated[
         bool,
         Role.DISPLAY,
@@ -400,20 +397,21 @@ class LoggingConfig:
         "Trace the steps after --profile-step-start, up to --profile-step-end, with torch.profiler; "
         "write the trace to profile/ in the run folder",
     ] = False
-    profile_step_start: Annotated[Natural, Role.DISPLAY, "Begin the trace after this step"] = 10
-    profile_step_end: Annotated[Count, Role.DISPLAY, "End the trace after this step"] = 12
+    profile_step_start: Annotated[Natural, Role.DISPLAY, "Begin the trace after step N"] = 10
+    profile_step_end: Annotated[Count, Role.DISPLAY, "End the trace after step N"] = 12
     profile_ranks: Annotated[tuple[int, ...], Role.DISPLAY, "Ranks that write a trace"] = (0,)
-    tensorboard_dir: Annotated[str | None, Role.PLACE, FOLDER, "Write TensorBoard events to this folder"] = (
-        None
-    )
+    tensorboard_dir: Annotated[str | None, Role.PLACE, FOLDER, "Folder to write TensorBoard events to"] = None
     wandb_project: Annotated[
-        str | None, Role.DISPLAY, Metavar("NAME"), "Report to this Weights & Biases project"
+        str | None,
+        Role.DISPLAY,
+        Metavar("NAME"),
+        "Weights & Biases project to which the run sends its metrics",
     ] = None
     wandb_exp_name: Annotated[
         str | None,
         Role.DISPLAY,
         Metavar("NAME"),
-        "Name of the run in --wandb-project; default: the run folder's name",
+        "Name of the run in --wandb-project; default: the name of the run folder",
     ] = None
     sample_interval: Annotated[
         Natural,
@@ -434,7 +432,7 @@ class EngineConfig:
         Literal["alltoall", "allgather", "flex"],
         Role.SPEED,
         Only("megatron", harmless="DeepSpeed always dispatches tokens by all-to-all"),
-        "How tokens are sent to their experts",
+        "Method of sending tokens to their experts",
     ] = "alltoall"
     transformer_impl: Annotated[
         Literal["auto", "local", "transformer_engine"],
@@ -454,8 +452,8 @@ class EngineConfig:
         Le(3),
         Role.SHARDING,
         Only("deepspeed", "leave out FLAG; --use-distributed-optimizer does the same as stage 1"),
-        "ZeRO stage 0, 1 or 2; stage 3 is refused because DeepSpeed does not support it for "
-        "mixture-of-experts models",
+        "ZeRO stage 0, 1 or 2. Stage 3 is refused, because DeepSpeed does not support stage 3 "
+        "for mixture-of-experts models",
     ] = 1
     shard_hypernetwork: Annotated[
         bool | None,

@@ -56,7 +56,7 @@ class ChoosingRouter(Router):
         """By default: weights from the softmax over the kept logits."""
 
         score_function: Annotated[
-            Literal["softmax", "sigmoid"], "Function that turns logits into scores (sigmoid: DeepSeek-V3)"
+            Literal["softmax", "sigmoid"], "Function that turns logits into scores; DeepSeek-V3 uses sigmoid"
         ] = "softmax"
         pre_softmax: Annotated[
             bool,
@@ -76,13 +76,13 @@ class ChoosingRouter(Router):
         ] = 0.0
         aux_loss: Annotated[
             Literal["micro_batch", "global_batch", "sequence", "off"],
-            "Tokens over which the load-balancing loss measures the load of each expert. "
-            "global_batch: the global batch of the previous step; off: no load-balancing loss",
+            "Tokens for which the load-balancing loss counts the load of each expert. global_batch: "
+            "the global batch of the previous step; off: no load-balancing loss",
         ] = "micro_batch"
         expert_bias: Annotated[
             bool,
-            "Balance the load without a loss: choose experts by their scores plus a bias for each "
-            "expert. The bias does not affect the routing weights (DeepSeek-V3)",
+            "Balance the load without a loss (DeepSeek-V3): choose experts by score + bias, with "
+            "one bias for each expert. The biases do not affect the routing weights",
         ] = False
         bias_update_rate: Annotated[
             float | None,

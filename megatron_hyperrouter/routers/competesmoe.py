@@ -120,7 +120,8 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         ] = "mse"
         theta: Annotated[
             Coefficient,
-            "With --router.version v2: weight of an additional router loss over the winning experts only",
+            "With --router.version v2: weight of an additional router loss, which covers only the "
+            "winning experts",
         ] = 0.1
         diversity_coeff: Annotated[
             Coefficient | None,

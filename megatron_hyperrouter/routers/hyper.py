@@ -142,8 +142,8 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         bias: Annotated[bool, "Also generate a bias for each logit"] = False
         init: Annotated[
             Literal["width", "paper"],
-            "How the frozen weights of the hypernetwork are drawn. width: scaled so that the initial "
-            "logits have unit standard deviation; paper: from N(0, 0.02^2)",
+            "Scale of the frozen random weights of the hypernetwork. width: the initial logits have "
+            "unit standard deviation; paper: the weights have the standard deviation 0.02",
         ] = "width"
         seed: Annotated[Natural | None, "Random seed of the frozen hypernetwork; default: --seed"] = None
         anchor: Annotated[
@@ -153,8 +153,8 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         ] = False
         shared: Annotated[
             Literal["layer", "model"] | None,
-            "Number of hypernetworks. layer: one for each layer; model: one for all layers (but "
-            "each layer has its own embedding); default: model if --num-experts x --hidden-size "
+            "Number of hypernetworks. layer: one for each layer; model: one for all layers (each "
+            "layer keeps its own embedding); default: model if --num-experts x --hidden-size "
             "exceeds 2^18, else layer",
         ] = None
 

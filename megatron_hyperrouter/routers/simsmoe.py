@@ -89,7 +89,7 @@ class SimSMoERouter(Router, name="simsmoe"):
         sigma: Annotated[
             float,
             Gt(0.0),
-            "With --router.kernel rbf: bandwidth of the kernel. --router.bandwidth sets its unit",
+            "With --router.kernel rbf: bandwidth of the kernel, in the unit given by --router.bandwidth",
         ] = 0.8
         head: Annotated[
             Literal["mlp", "linear"],

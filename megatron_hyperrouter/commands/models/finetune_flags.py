@@ -201,7 +201,7 @@ def _course(flags: ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="X",
-        help="clip gradients to this global norm; 0: no clipping (default: 1)",
+        help="clip gradients to the global norm X; 0: no clipping (default: 1)",
     )
     add(
         "--evaluations",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -133,9 +134,12 @@ class _Page:
 
     def wrapped(self, text: str, *, indent: int = 0) -> Iterator[str]:
         prefix = " " * indent
-        yield from textwrap.wrap(
-            text, self.width, initial_indent=prefix, subsequent_indent=prefix, break_on_hyphens=False
-        )
+        # A line never ends between a comparison and its number, as in ">= 1".
+        whole = re.sub(r"([<>]=?) (?=[0-9])", "\\1\N{NO-BREAK SPACE}", text)
+        for line in textwrap.wrap(
+            whole, self.width, initial_indent=prefix, subsequent_indent=prefix, break_on_hyphens=False
+        ):
+            yield line.replace("\N{NO-BREAK SPACE}", " ")
 
     def title(self, name: str, documented: object) -> Iterator[str]:
         """``model: The transformer ...``: the first line of a docstring."""

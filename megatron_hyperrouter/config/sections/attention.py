@@ -23,7 +23,7 @@ class AttentionConfig:
         Gt(0.0),
         Le(1.0),
         Role.FUNCTION,
-        "Fraction of each head's dimensions that get rotary embeddings",
+        "Fraction of the dimensions of each head that get rotary position embeddings",
     ] = 1.0
     rotary_seq_len_interpolation_factor: Annotated[
         float | None,

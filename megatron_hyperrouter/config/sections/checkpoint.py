@@ -18,12 +18,12 @@ class CheckpointConfig:
     save_interval: Annotated[
         Natural,
         Role.UPKEEP,
-        "Steps between checkpoints; 0: save only at the end and every --save-interval-minutes",
+        "Number of steps between checkpoints; 0: save only at the end and every --save-interval-minutes",
     ] = 0
     save_interval_minutes: Annotated[
         NonNegative | None,
         Role.UPKEEP,
-        "Minutes between checkpoints; 0: off; default: 30 without --save-interval, else 0",
+        "Number of minutes between checkpoints; 0: off; default: 30 without --save-interval, else 0",
     ] = None
     async_save: Annotated[
         bool, Role.UPKEEP, "Write checkpoints in the background, from a copy in CPU memory"
@@ -58,7 +58,9 @@ class CheckpointConfig:
         ),
     ] = False
     no_load_optim: Annotated[
-        bool, Role.START, "Resume at the checkpoint's step, with a new optimizer state and random state"
+        bool,
+        Role.START,
+        "Resume at the step of the checkpoint, with a new optimizer state and a new random state",
     ] = False
     no_load_rng: Annotated[
         bool, Role.START, "Resume with a new random state instead of the random state in the checkpoint"
@@ -82,7 +84,8 @@ class CheckpointConfig:
     finetune: Annotated[
         bool,
         Role.START,
-        "Load only the weights from --load; start at step 0, with a new optimizer state and random state",
+        "Load only the weights from --load; start at step 0, with a new optimizer state and a "
+        "new random state",
     ] = False
     override: Annotated[
         bool,

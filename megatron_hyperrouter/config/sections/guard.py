@@ -26,7 +26,7 @@ class GuardConfig:
         float | None,
         Gt(0.0),
         Role.COURSE,
-        "For --on-bad-step: a step is bad, too, if its loss or gradient norm is more than X "
+        "For --on-bad-step: a step is also bad if its loss or gradient norm is more than X "
         "standard deviations above the mean of the last --loss-window steps; default: no limit",
     ] = None
     loss_window: Annotated[

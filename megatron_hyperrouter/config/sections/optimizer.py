@@ -24,9 +24,9 @@ class OptimizerConfig:
         "Shape of the learning-rate decay. WSD (warmup-stable-decay): constant until the final decay",
     ] = "cosine"
     lr_decay_iters: Annotated[
-        Count | None, Role.SCHEDULE, "Step at which the decay ends; default: --train-iters"
+        Count | None, Role.SCHEDULE, "Step at which the learning-rate decay ends; default: --train-iters"
     ] = None
-    lr_warmup_iters: Annotated[Natural, Role.SCHEDULE, "Steps of linear learning-rate warm-up"] = 0
+    lr_warmup_iters: Annotated[Natural, Role.SCHEDULE, "Number of steps of linear learning-rate warm-up"] = 0
     lr_warmup_init: Annotated[NonNegative, Role.SCHEDULE, "Learning rate at the start of the warm-up"] = 0.0
     lr_wsd_decay_style: Annotated[
         Literal["exponential", "linear", "cosine", "minus_sqrt"],
@@ -36,14 +36,16 @@ class OptimizerConfig:
     lr_wsd_decay_iters: Annotated[
         Count | None,
         Role.SCHEDULE,
-        "With --lr-decay-style WSD: steps of the final decay; default: a tenth of --lr-decay-iters",
+        "With --lr-decay-style WSD: number of steps of the final decay; default: a tenth of --lr-decay-iters",
     ] = None
     weight_decay: Annotated[
         NonNegative,
         Role.COURSE,
         "Decoupled weight decay; vectors (norms, router embeddings) do not decay",
     ] = 0.01
-    clip_grad: Annotated[NonNegative, Role.COURSE, "Clip gradients to this global norm; 0: no clipping"] = 1.0
+    clip_grad: Annotated[NonNegative, Role.COURSE, "Clip gradients to the global norm X; 0: no clipping"] = (
+        1.0
+    )
     adam_beta1: Annotated[float, Ge(0.0), Lt(1.0), Role.COURSE, "Decay rate of Adam's first moment"] = 0.9
     adam_beta2: Annotated[float, Ge(0.0), Lt(1.0), Role.COURSE, "Decay rate of Adam's second moment"] = 0.999
     adam_eps: Annotated[float, Gt(0.0), Role.COURSE, "Adam's epsilon"] = 1e-8

@@ -31,7 +31,7 @@ class PrecisionConfig:
         "mxfp8: from current values, one factor per block",
     ] = "delayed"
     fp8_margin: Annotated[
-        Natural, Role.PRECISION, TE_ALONE, "With --fp8-recipe delayed: divide scaling factors by 2^N"
+        Natural, Role.PRECISION, TE_ALONE, "With --fp8-recipe delayed: divide the scaling factors by 2^N"
     ] = 0
     fp8_amax_history_len: Annotated[
         Count,
