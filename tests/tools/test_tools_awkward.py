@@ -277,7 +277,7 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path: Path, make: Callable[[Path
     assert status == 3 and "c.jsonl cannot be written, because it is not a file" in err
     assert (tmp_path / "c.jsonl").is_fifo()
     status, _, err = run(f"preprocess_data --input c.jsonl {PREPROCESS.split(' ', 3)[3]}".split(), tmp_path)
-    assert status == 3 and "remedy: write it to a file first" in err, err
+    assert status == 3 and "remedy: save the input in a regular file first" in err, err
 
 
 def test_the_key_that_a_message_names_is_taken(tmp_path: Path) -> None:
