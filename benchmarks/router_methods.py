@@ -1,5 +1,5 @@
 """Compare the training step of each routing method with that of router topk, and a layer in which the
-experts compete (CompeteSMoE) with the same layer without competition.
+experts compete (CompeteSMoE) with the same layer without competition.  Say which goals are met.
 
 Goals:
 - The experts take at most E/k times as long in a pass with competition as in a pass without it.

@@ -175,7 +175,7 @@ class Bar:
         left_text = (
             "time left unknown"
             if left is None
-            else f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+            else f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left (ETA)"
         )
         digits = 1 if self._unit == "MB" else 0
         amounts = f"{done / self._scale:,.{digits}f} of {total / self._scale:,.{digits}f} {self._unit}"

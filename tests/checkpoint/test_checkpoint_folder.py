@@ -251,7 +251,7 @@ class TestFailedSave:
 
             return CheckpointFolders(tmp_path, ranks).save(100, write, {})
 
-        assert "rank 1: AssertionError()" in str(ThreadRanks.run(2, work)[0])
+        assert "rank 1: AssertionError\n" in str(ThreadRanks.run(2, work)[0])
 
     def test_by_a_real_limit_on_file_sizes(self, tmp_path: Path) -> None:
         saved(tmp_path, 50)

@@ -188,7 +188,11 @@ def test_of_two_equal_files_none_is_taken_for_another(tmp_path: Path, capsys: An
     old = tuple(write_corpus(tmp_path / name, SIZES) for name in "ab")
     new = tuple(write_corpus(tmp_path / name, SIZES) for name in "c")
     told = course_of(builder(old), ((0, old),), [], step=0, train_iters=5, batch=2).ledger(3)
-    assert resumed(new, told).ledger(3)[0]["mix"] == list(old) and not capsys.readouterr().out
+    assert resumed(new, told).ledger(3)[0]["mix"] == list(old)
+    changed = (
+        f"note: --data-path was {' '.join(old)} in the checkpoint and is now {new[0]}: the run continues"
+    )
+    assert capsys.readouterr().out == f"{changed} with data that it has not read yet\n"
 
 
 def test_an_identity_is_of_the_whole_file(tmp_path: Path) -> None:

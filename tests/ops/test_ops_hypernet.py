@@ -82,5 +82,5 @@ def test_gradient_of_generate_against_finite_differences():
 
 @pytest.mark.parametrize(("num_experts", "bias"), [(4, True), (15, True), (4, False)])
 def test_numbers_that_do_not_divide(num_experts, bias):
-    with pytest.raises(ValueError, match=f"must be {num_experts} experts x"):
+    with pytest.raises(ValueError, match=f"must be num_experts = {num_experts} times"):
         generate(*tensors(), num_experts, bias=bias)

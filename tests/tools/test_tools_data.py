@@ -305,7 +305,7 @@ def test_progress_is_told_on_stderr(tmp_path: Path) -> None:
 
 
 def test_a_terminal_gets_a_bar_with_speed_and_eta(tmp_path: Path) -> None:
-    corpus(tmp_path / "a.jsonl", 20_000_000)
+    corpus(tmp_path / "a.jsonl", 30_000_000)
     arguments = ["--input", "a.jsonl", "--output-prefix", "p", "--tokenizer-type", "ByteTokenizer"]
     master, slave = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}

@@ -295,6 +295,6 @@ print(progress.summary(), file=sys.stderr)
     )
     told = done.stderr.splitlines()
     assert told[0] == "mhr preprocess: continuing from 50.0 of 1,050.0 MB"
-    assert told[1] == "mhr preprocess: 55.0 of 1,050.0 MB, 1.0 MB/s, 7 documents/s, 0:16:35 left"
+    assert told[1] == "mhr preprocess: 55.0 of 1,050.0 MB, 1.0 MB/s, 7 documents/s, 0:16:35 left (ETA)"
     assert told[-1] == "1,000.0 MB in 1000.0 s, 1.0 MB/s, 7 documents/s"
     assert 8 <= len(told) <= 20
