@@ -27,8 +27,8 @@ def t_quantile(probability: float, degrees: int) -> float:
     """
     if not (0.5 <= probability < 1.0 and degrees >= 1):
         raise ValueError(
-            f"probability = {probability} must be at least 0.5 and less than 1, and degrees of freedom = "
-            f"{degrees} must be at least 1"
+            "probability must be at least 0.5 and less than 1, and degrees must be at least 1; got "
+            f"probability = {probability} and degrees = {degrees}"
         )
     low, high = 0.0, 1.0
     while t_below(high, degrees) < probability:

@@ -91,9 +91,8 @@ class Settings:
                 )
         if unknown := [part for part in self.freeze if part not in FREEZABLE]:
             rule = f"{unknown[0]!r} cannot be frozen"
-            yield Problem(
-                "--freeze", ",".join(self.freeze), rule, "use none, router, experts, or router,experts"
-            )
+            remedy = "use --freeze none, --freeze router, --freeze experts or --freeze router,experts"
+            yield Problem("--freeze", ",".join(self.freeze), rule, remedy)
 
 
 def check(settings: Settings, run: RunConfig) -> None:

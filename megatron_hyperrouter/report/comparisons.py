@@ -253,15 +253,15 @@ def matrix_chapters(firsts: Mapping[str, Sequence[Record]], drawing: Drawing) ->
     loads.figure(
         loads_figure(firsts, drawing),
         (
-            "Load of each expert divided by the mean load, sorted within each "
-            "layer, for the first seed (1: equal loads)."
+            "Load of each expert divided by the mean load of its layer (1: equal loads), for the first "
+            "seed. In each layer, the experts are sorted by load."
         ),
     )
     alike.figure(
         similarity_figure(firsts, drawing),
         (
-            "Linear CKA between the outputs of two experts for the same tokens, for "
-            "the first seed (1: equal up to rotation and scale; near 0: unrelated)."
+            "Linear CKA between the outputs of two experts for the same tokens (1: equal up to rotation "
+            "and scale; near 0: unrelated), for the first seed."
         ),
     )
     return [loads, alike]

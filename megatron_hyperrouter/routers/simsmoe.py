@@ -74,8 +74,8 @@ class SimSMoERouter(Router, name="simsmoe"):
         frequency: Annotated[
             float,
             Gt(0.0),
-            "Compare two experts when the tokens routed to both, counted since their last "
-            "comparison, exceed X global batches",
+            "Compare two experts when, since their last comparison, the number of tokens that were "
+            "routed to both of them exceeds X times the number of tokens in a global batch",
         ] = 16.0
         threshold: Annotated[float, Ge(0.0), Le(1.0), "Ignore pairs of experts with a similarity below X"] = (
             0.5
