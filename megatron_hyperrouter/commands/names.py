@@ -37,7 +37,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "evaluate": Command("models.evaluate", "evaluate a trained model at several values of k"),
         "baselines": Command("models.baselines", "compare a run's scores with unigram and bigram models"),
         "finetune": Command(
-            "models.finetune", "fine-tune a run for text classification, and test it at several k"
+            "models.finetune", "fine-tune a run for text classification"
         ),
         "generate": Command("models.generate", "continue prompts at several values of k"),
         "export-hf": Command(
