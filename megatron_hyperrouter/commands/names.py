@@ -36,9 +36,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     "Models": {
         "evaluate": Command("models.evaluate", "evaluate a trained model at several values of k"),
         "baselines": Command("models.baselines", "compare a run's scores with unigram and bigram models"),
-        "finetune": Command(
-            "models.finetune", "fine-tune a run for text classification"
-        ),
+        "finetune": Command("models.finetune", "fine-tune a run for text classification"),
         "generate": Command("models.generate", "continue prompts at several values of k"),
         "export-hf": Command(
             "models.export_hf", "export a run to a Hugging Face folder, and verify the export"

@@ -153,7 +153,7 @@ class TestFormat1:
     @pytest.mark.parametrize("content", [b"", b"no state at all", b"PK\x03\x04 cut"])
     def test_a_damaged_file_is_named(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "state-00000.pt").write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"state-00000\.pt cannot be read"):
+        with pytest.raises(CheckpointError, match=r"state-00000\.pt is damaged and cannot be read"):
             read_state(tmp_path, 0, ranks=1, trusted=True)
 
     def test_generators_of_it_continue(self, tmp_path: Path) -> None:

@@ -91,7 +91,10 @@ def test_a_dry_run_where_neither_tokenizer_nor_data_is(zygote: Zygote, tmp_path:
     flags = [*TINY, "--data-path", "no/such/data", "--run-dir", str(tmp_path / "run"), "--dry-run"]
     flags += ["--tokenizer-model", "no/such/tokenizer.json", "--tokenizer-type", "HuggingFaceTokenizer"]
     done = zygote.run(flags, ranks=1)
-    assert "the number of epochs or the size of the embedding: " in done.stdout + done.stderr
+    assert (
+        "the dry run cannot show the number of epochs and the size of the embedding: "
+        in done.stdout + done.stderr
+    )
     assert "on the rank that needs the most" in done.stdout and "the settings are valid" in done.stdout
 
 
