@@ -38,7 +38,7 @@ int64_t gather(View<Token> tokens, View<int64_t> pointers, View<int32_t> sizes, 
       refuse("document " + std::to_string(id) + " has " + std::to_string(size) + " tokens, but tokens " +
              std::to_string(begin) + " to " + std::to_string(end) + " are requested");
     }
-    if (end - begin > length - filled) 
+    if (end - begin > length - filled)
       refuse("the sample has more than " + std::to_string(length) + " tokens, the size of out");
     for (int64_t token = start + begin; token < start + end; ++token) {
       const Token value = tokens[token];
@@ -47,7 +47,7 @@ int64_t gather(View<Token> tokens, View<int64_t> pointers, View<int32_t> sizes, 
       out[filled++] = static_cast<int64_t>(value);
     }
   }
-  if (filled != length) 
+  if (filled != length)
     refuse("the sample has " + std::to_string(filled) + " tokens, but the size of out is " + std::to_string(length));
   if (!length || (static_cast<int64_t>(lowest) >= 0 && static_cast<int64_t>(highest) < limit)) return -1;
   int64_t bad = 0;
