@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 Item = TypeVar("Item")
 
@@ -128,7 +128,7 @@ def read_beats(folder: Path, world_size: int | None = None) -> dict[int, Beat]:
     return found
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value in a file about a run is a number that the program may have written."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST
 

@@ -87,6 +87,25 @@ class Launcher:
                 time.sleep(seconds)
 
 
+def start_of_torchrun() -> float:
+    """When the torchrun above this process was started, in seconds since 1970; 0 if there is none."""
+    process = _parent(os.getpid())
+    while process:  # a container's first process may be torchrun; above it is 0
+        words = _command(process)[:4]
+        if any(Path(word).name == "torchrun" or word.startswith("torch.distributed.") for word in words):
+            return _started(process)
+        process = _parent(process)
+    return 0.0
+
+
+def _started(process: int) -> float:
+    """See proc(5): a process counts from the start of the machine, in ticks of the clock."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        booted = Path("/proc/stat").read_text(encoding="utf-8").partition("\nbtime ")[2].split()[0]
+        return int(booted) + (_field(process, 19) or 0) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
 def _parent(process: int) -> int | None:
     """None if it is unknown: the process has ended, or the system has no /proc."""
     return os.getppid() if process == os.getpid() else _field(process, 1)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from megatron_hyperrouter.guard import launcher
 from megatron_hyperrouter.guard.launcher import Launcher
+from megatron_hyperrouter.processes import child_environment
 
 PROGRAM = ["python", "-u", "pretrain_gpt_hyperrouter.py"]
 TORCHRUN = ["/venv/bin/python", "/venv/bin/torchrun", "--nproc_per_node", "2"]
@@ -50,3 +56,21 @@ def test_who_is_watched(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_launcher_nobody_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     assert Launcher.of_this_process() == Launcher(())
+
+
+def test_torchrun_is_found_above_a_rank(tmp_path: Path) -> None:
+    """Also with a shell between them, and not where another launcher has started the rank."""
+    code = "from megatron_hyperrouter.guard.launcher import start_of_torchrun; print(start_of_torchrun())"
+    rank = f"{sys.executable} -c '{code}'"
+    below = rank.replace("'", '"')
+    (tmp_path / "torchrun").write_text(f"#!/bin/sh\n{rank}; sh -c '{below}; true'; true\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    environment = child_environment(OMP_NUM_THREADS="1")
+    before = time.time()
+    told = subprocess.run(
+        [tmp_path / "torchrun"], env=environment, capture_output=True, text=True, check=True
+    )
+    first, second = (float(line) for line in told.stdout.split())
+    assert first == second and before - 2 < first < time.time() + 1
+    alone = subprocess.run(shlex.split(rank), env=environment, capture_output=True, text=True, check=True)
+    assert float(alone.stdout) == 0.0 or os.environ.get("TORCHELASTIC_RUN_ID")

@@ -15,6 +15,8 @@ from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.guard.events import FILE as EVENTS_FILE
 from megatron_hyperrouter.guard.events import OPENING, read_events
+from megatron_hyperrouter.guard.heartbeat import is_number
+from megatron_hyperrouter.guard.launcher import start_of_torchrun
 
 _CLOCKS = 5.0  # seconds by which the clocks of two machines may differ
 
@@ -141,25 +143,8 @@ def is_restarted(run_dir: str) -> bool:
     if not count.isdecimal() or int(count) == 0:
         return False
     events = read_events(Path(run_dir) / EVENTS_FILE)
-    begun = [event["time"] for event in events if event.get("event") in OPENING and "time" in event]
-    return bool(begun) and float(str(begun[-1])) > _torchrun_began() - _CLOCKS
-
-
-def _torchrun_began() -> float:
-    """When the torchrun above this rank was started: seconds since 1970, or 0 if none is found (proc(5))."""
-    process = os.getppid()
-    while process > 1:
-        folder = Path("/proc", str(process))
-        try:
-            stat = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-            words = (folder / "cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
-            if any(Path(word).name == "torchrun" or "torch.distributed" in word for word in words[:4]):
-                booted = Path("/proc/stat").read_text(encoding="utf-8").partition("\nbtime ")[2].split()[0]
-                return int(booted) + int(stat[19]) / os.sysconf("SC_CLK_TCK")
-        except (OSError, ValueError, IndexError):
-            return 0.0
-        process = int(stat[1])
-    return 0.0
+    begun = [event.get("time") for event in events if event.get("event") in OPENING]
+    return bool(begun) and is_number(begun[-1]) and begun[-1] > start_of_torchrun() - _CLOCKS
 
 
 def _own_root(config: RunConfig) -> Path:
