@@ -141,7 +141,7 @@ def test_a_back_end_that_differs_is_refused_by_document_and_id(
     with pytest.raises(
         DataError,
         match=(
-            r"for token 2 of a\.jsonl, document 2, gigatoken gives id 7 and tokenizers gives id "
+            r"differ at token 2 of a\.jsonl, document 2: gigatoken gives id 7, and tokenizers gives id "
             rf"{expected[1]}\n"
         ),
     ) as caught:
@@ -149,7 +149,7 @@ def test_a_back_end_that_differs_is_refused_by_document_and_id(
     assert "--tokenizer-backend tokenizers" in caught.value.remedy
     told: list[str] = []
     assert chosen("HuggingFaceTokenizer", model, "auto", FIRST, told.append) == "tokenizers"
-    assert "for token 2 of a.jsonl, document 2" in told[0]
+    assert "token 2 of a.jsonl, document 2" in told[0]
 
 
 def test_a_text_that_ends_early_or_late_differs(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_a_text_that_ends_early_or_late_differs(model: str, monkeypatch: pytest.
         GigatokenTokenizer, "encode_batch", lambda self, texts: [ids[:-1] for ids in true(self, texts)]
     )
     with pytest.raises(
-        DataError, match=r"for token 1 of the text ' ', gigatoken gives no id and tokenizers gives id \d+"
+        DataError, match=r"token 1 of the text ' ': gigatoken gives no id, and tokenizers gives id \d+"
     ):
         chosen("HuggingFaceTokenizer", model, "gigatoken", FIRST)
 

@@ -67,8 +67,8 @@ class OptimizerConfig:
         Role.SPEED,
         Only("megatron", harmless="DeepSpeed itself decides whether to overlap"),
         "Overlap the reduction of gradients with the backward pass; default: on with "
-        "--use-distributed-optimizer and DP x CP > 1, but off with --mtp-num-layers if PP > 1 "
-        "and the embedding is tied",
+        "--use-distributed-optimizer and several data- or context-parallel ranks; off if "
+        "--mtp-num-layers, pipeline stages and a tied embedding are combined",
     ] = None
     overlap_param_gather: Annotated[
         bool | None,

@@ -178,7 +178,10 @@ def difference(fast: GigatokenTokenizer, first: Iterable[tuple[str, str]]) -> st
         differs = np.flatnonzero(found[:shared] != expected[:shared])
         place = int(differs[0]) if differs.size else shared
         ids = [f"id {side[place]}" if place < side.size else "no id" for side in (found, expected)]
-        return f"for token {place + 1} of {name}, gigatoken gives {ids[0]} and tokenizers gives {ids[1]}"
+        return (
+            f"the two libraries differ at token {place + 1} of {name}: gigatoken gives {ids[0]}, and "
+            f"tokenizers gives {ids[1]}"
+        )
     return None
 
 
