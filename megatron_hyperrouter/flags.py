@@ -20,7 +20,7 @@ _WIDEST = 108  # columns; longer lines are hard to read
 # A line of a list in a description: "  runs.csv   one row per run".
 _ROW = re.compile(r"(?P<head> +\S.{0,24}? {2,})(?P<text>\S.*)")
 # what --help calls a value that is a path, or a list of them
-PATHS = re.compile(r"FILE(\.\w+)?|PYTHON|DIR|FOLDER|P|RUN|RUN_DIR|RUN_OR_(FOLDER|STUDY)|JSON|tokenizer\.json")
+PATHS = re.compile(r"FILE(\.\w+)?|DIR|FOLDER|P|RUN|RUN_DIR|RUN_OR_(FOLDER|STUDY)|tokenizer\.json")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -76,8 +76,8 @@ class Parser(argparse.ArgumentParser):
         return [flag for action in self._actions for flag in action.option_strings]
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """Called by argparse for each value; a shell leaves the home folder in ``--load=~/run`` as it is, and
-        a YAML file of flags never meets one.
+        """Called by argparse for each value.  Paths are expanded here, because a shell leaves ``~`` in
+        ``--load=~/run`` as it is, and no shell reads the values in a YAML file.
         """
         is_path = isinstance(action.metavar, str) and PATHS.fullmatch(action.metavar)
         if action.type is Path or is_path:

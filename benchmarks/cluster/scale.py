@@ -1,8 +1,7 @@
 """Measure on one machine what matters in a large job: the start of many ranks, long runs, and large data.
 
     python benchmarks/cluster/scale.py ranks --ranks 64      rendezvous, comparison of settings, all-reduce
-    python benchmarks/cluster/scale.py steps --steps 100000  metrics.jsonl: writing it, reading it (mhr
-  status)
+    python benchmarks/cluster/scale.py steps --steps 100000  writing and reading metrics.jsonl
     python benchmarks/cluster/scale.py documents             reading the first samples of 10**8 documents
 
 The ranks are forks of a process that has imported torch already, so their times do not include imports.

@@ -73,5 +73,7 @@ def write_settings(config: RunConfig) -> Path:
 
 def _started_in() -> str:
     """A comment for someone who uses the settings in another folder."""
-    here = " ".join(os.fsencode(Path.cwd()).decode(errors="replace").split())
+    # YAML refuses control characters, even in a comment
+    folder = os.fsencode(Path.cwd()).decode(errors="replace")
+    here = "".join(each if each.isprintable() else "?" for each in folder)
     return f"# Relative paths in this file start from the folder in which the run was started: {here}\n"

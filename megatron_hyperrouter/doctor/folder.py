@@ -197,7 +197,7 @@ def _speed(ranks: Ranks, names: Sequence[str], folder: Path, first_ranks: Sequen
         own["error"] = _reason(lambda: own.update(_write_and_read(folder / f"speed-{ranks.rank}")))
     told = {rank: each for rank, each in enumerate(ranks.gather("folder/speed", own)) if each}
     bad = [
-        f"{names[rank]} cannot write a file there ({each['error']})"
+        f"{names[rank]} cannot write and read a file there ({each['error']})"
         for rank, each in told.items()
         if each["error"]
     ]

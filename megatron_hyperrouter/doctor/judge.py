@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from megatron_hyperrouter.compat.versions import TESTED, untested
 from megatron_hyperrouter.doctor.finding import Finding, fault, first_of, note, ok
 from megatron_hyperrouter.doctor.machine import Facts
+from megatron_hyperrouter.terminal import counted
 
 _INSTALL = "run on that machine: bash tools/setup_env.sh"
 _SLOW_GPU, _USUAL_GPU, _SLOW_CPU = 0.9, 0.95, 0.5  # of the median rate
@@ -168,7 +169,8 @@ def _limits(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
         yield ok("open files", f"ulimit -n is {facts[0]['open_files']}")
     ranks_of = Counter(each["host"] for each in facts)
     small = [
-        f"{each['host']} has {each['shm'] / 2**20:,.0f} MiB free for {_count(ranks_of[each['host']])}"
+        f"{each['host']} has {each['shm'] / 2**20:,.0f} MiB free for "
+        f"{counted(ranks_of[each['host']], 'rank')}"
         for each in facts
         if each["shm"] is not None and each["shm"] < _SHM_A_RANK * ranks_of[each["host"]]
     ]
@@ -198,10 +200,6 @@ def _limits(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
                 "interface that connects the machines"
             )
             yield fault("host names", text, remedy)
-
-
-def _count(ranks: int) -> str:
-    return f"{ranks} rank{'' if ranks == 1 else 's'}"
 
 
 def _clock(facts: Sequence[Facts], names: Sequence[str]) -> Finding:

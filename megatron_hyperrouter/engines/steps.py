@@ -33,7 +33,8 @@ class RouterSteps:
     Without this object, and if you do not set ``clock.step`` of the routers, they always see step 0.
 
     - ``begin`` gives the routers the step, for a k that grows and for routers with stages or schedules.
-    - ``arrive`` is needed by ``stablemoe``, and by the options ``jitter_eps`` and ``aux_loss="sequence"``.
+    - ``arrive`` is needed by ``stablemoe``, by ``simsmoe`` if several ranks share a micro-batch (sequence or
+      context parallelism), and by the options ``jitter_eps`` and ``aux_loss="sequence"``.
     - ``end`` is needed by ``simsmoe``, and by the options ``expert_bias`` and ``aux_loss="global_batch"``.
     """
 

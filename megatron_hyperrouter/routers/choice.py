@@ -228,7 +228,7 @@ class ChoosingRouter(Router):
         probs_TE = log_scores(logits_TE, self.config.score_function).softmax(-1)
         if self.config.aux_loss == "global_batch":
             return self.aux_loss_coeff * known_load_loss(probs_TE, self.share_E, self.over_shards)
-        # else all tokens are one sequence
+        # else all tokens are one sequence; without tokens, the loss is 0 either way
         if self.config.aux_loss == "sequence" and now.tokens is not None and len(logits_TE):
             sequence_T = now.tokens.places_T // now.tokens.seq_length
             sequence_T = sequence_T - sequence_T.min()

@@ -61,14 +61,16 @@ def make_options(
 def _size_problems(hidden_size: int, num_experts: int, topk: int | Callable[[int], int]) -> Iterator[Problem]:
     for flag, value in (("--hidden-size", hidden_size), ("--num-experts", num_experts)):
         if not _is_integer(value):
-            yield Problem(flag, repr(value), "must be an integer", "use 1 or more")
+            yield Problem(flag, repr(value), "must be an integer", "use an integer of at least 1")
         elif value < 1:
             yield Problem(flag, value, "must be at least 1", "use 1 or more")
     if callable(topk) or not _is_integer(num_experts):
         return
     if not _is_integer(topk):
         rule = "must be an integer, or a function that returns an integer for a step"
-        yield Problem("--moe-router-topk", repr(topk), rule, f"use an integer from 1 to {num_experts}")
+        yield Problem(
+            "--moe-router-topk", repr(topk), rule, f"use an integer from 1 to {max(num_experts, 1)}"
+        )
     elif not 1 <= topk <= max(num_experts, 1):
         yield Problem(
             "--moe-router-topk",
@@ -85,9 +87,9 @@ def _common_problems(
     for name, whole, least in (("layer_number", layer_number, 1), ("seed", seed, 0)):
         if not _is_integer(whole) or not least <= whole < 1 << 63:
             rule = f"must be an integer from {least} to 2^63 - 1"
-            yield Problem(name, repr(whole), rule, f"use an integer >= {least}")
+            yield Problem(name, repr(whole), rule, f"use an integer from {least} to 2^63 - 1")
     for name, number in (("aux_loss_coeff", aux_loss_coeff), ("z_loss_coeff", z_loss_coeff)):
-        if not isinstance(number, Real) or not 0 <= number < math.inf:
+        if isinstance(number, bool) or not isinstance(number, Real) or not 0 <= number < math.inf:
             rule = "must be a finite number >= 0"
             yield Problem(name, repr(number), rule, "use 0 to leave this loss out")
     if facts is None:

@@ -11,12 +11,13 @@ from typing import Any
 
 from megatron_hyperrouter.errors import HyperRouterError
 from megatron_hyperrouter.guard.events import FILE
+from megatron_hyperrouter.terminal import counted
 from megatron_hyperrouter.watch.status import Status, status_of
 from megatron_hyperrouter.watch.trace import read_trace
 from megatron_hyperrouter.watch.words import duration
 
 WAITING, UNREADABLE = "not started", "unreadable"
-_TASK = "task.json"  # every study writes it into the folder of a run before the run starts
+_TASK = "task.json"  # a study writes it into the folder of a run just before the run starts
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def lines_of_study(study: Study) -> list[str]:
     wide = max(len(run.state) for run in study.runs)
     return [
         f"{study.folder}: study of {study.command}",
-        f"{len(study.runs)} runs: {states}; {done} with results",
+        f"{counted(len(study.runs), 'run')} so far: {states}; {done} with results",
         *(
             f"{run.folder.name:<{width}}  {run.state:<{wide}}  {_progress(run)}".rstrip()
             for run in study.runs

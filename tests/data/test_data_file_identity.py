@@ -189,10 +189,11 @@ def test_of_two_equal_files_none_is_taken_for_another(tmp_path: Path, capsys: An
     new = tuple(write_corpus(tmp_path / name, SIZES) for name in "c")
     told = course_of(builder(old), ((0, old),), [], step=0, train_iters=5, batch=2).ledger(3)
     assert resumed(new, told).ledger(3)[0]["mix"] == list(old)
-    changed = (
-        f"note: --data-path was {' '.join(old)} in the checkpoint and is now {new[0]}: the run continues"
+    was, now = " ".join(old), new[0]
+    assert capsys.readouterr().out == (
+        f"note: the training data were {was} in the checkpoint and are now {now}: the run continues with "
+        "data that it has not read yet\n"
     )
-    assert capsys.readouterr().out == f"{changed} with data that it has not read yet\n"
 
 
 def test_an_identity_is_of_the_whole_file(tmp_path: Path) -> None:

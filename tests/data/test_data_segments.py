@@ -306,12 +306,12 @@ def test_another_mix_is_reported(
     ):
         capsys.readouterr()
         course_of(builder(now), ((0, now),), ledger, step=3, train_iters=5, batch=2)
-        said = f"--data-path was {files['a']} in the checkpoint and is now {' '.join(now)}: the run continues"
+        said = f"the training data were {files['a']} in the checkpoint and are now {' '.join(now)}: the run"
         assert (said in capsys.readouterr().out) == told
     scheduled = ((0, words), (3, both))
     capsys.readouterr()
     course_of(builder(words), scheduled, ledger, step=3, train_iters=5, batch=2)
-    assert "--data-path was" not in capsys.readouterr().out
+    assert "training data were" not in capsys.readouterr().out
 
 
 def test_another_part_of_a_file_is_refused(files: dict[str, str]) -> None:

@@ -121,7 +121,7 @@ def test_a_run_continues_from_another_folder(zygote: Zygote, tmp_path: Path, mov
         4,
     ]
     job = zygote.run(words, cwd=str(home / "elsewhere"))
-    assert f"text does not exist in this folder; using {home / 'text'}" in job.stdout.replace("\n", " ")
+    assert f"text does not exist; using {home / 'text'}" in job.stdout.replace("\n", " ")
     assert metrics(home / "run") == metrics(here / "run")
     assert [record["step"] for record in metrics(here / "run") if "split" not in record] == [1, 2, 3, 4]
 

@@ -62,6 +62,21 @@ def test_a_run_that_torchrun_restarts_continues_without_load(
     assert ("torchrun has restarted the ranks" in capsys.readouterr().out) == bool(first)
 
 
+def test_it_continues_with_the_load_of_another_run(
+    config: RunConfig, again: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repeated command must not go back to the checkpoint that the run began with."""
+    with pytest.raises(Killed):
+        run(config, KillAt(8))
+    other = change(config, "logging", run_dir=str(tmp_path / "other"))
+    run(other)
+    monkeypatch.setattr(start, "is_restarted", lambda _: True)
+    config = change(config, "checkpoint", load=other.logging.run_dir)
+    folder = decide(config, restarted=True).folder
+    assert folder is not None and folder.parent.parent == Path(config.logging.run_dir)
+    assert decide(again).folder == folder and decide(config).folder != folder
+
+
 class TestFinetune:
     """A run from another one's weights is a run like any other: its own command continues it."""
 

@@ -54,7 +54,7 @@ def test_each_run_has_a_line(study: Path) -> None:
     assert found is not None
     head, counts, *lines = lines_of_study(found)
     assert head == f"{study}: study of mhr scaling"
-    assert counts.startswith("5 runs: 2 finished, ") and counts.endswith("; 1 with results")
+    assert counts.startswith("5 runs so far: 2 finished, ") and counts.endswith("; 1 with results")
     words = {line.split()[0]: line for line in lines}
     assert list(words) == ["hyper-seed2", "hyper-seed10", "topk-seed1", "topk-seed2", "topk-seed3"]
     assert words["hyper-seed10"].split(maxsplit=1)[1] == "not started"

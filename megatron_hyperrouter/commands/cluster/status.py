@@ -1,6 +1,7 @@
 """Show the state of a run: running, stopped, finished, failed or hung; step, speed, ETA, last save, restarts.
 
-For the output folder of mhr compare or mhr scaling, show one line for each run of the study.
+For the output folder of mhr compare or mhr scaling, show one line for each run that has been
+prepared or started.
 
 The command only reads files in that folder, so it works on any machine that can read it. A job
 script uses --after-exit to ask whether to start the run again: exit status 0 means yes, 1 means no.

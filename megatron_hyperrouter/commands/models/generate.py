@@ -130,7 +130,9 @@ def prompts_of(args: Namespace) -> list[str]:
     if args.prompt is not None:
         return list(args.prompt)
     try:
-        text = sys.stdin.read() if args.prompt_file is None else args.prompt_file.read_text(encoding="utf-8")
+        # a terminal without UTF-8 decides how output is encoded, not what the prompts are
+        content = sys.stdin.buffer.read() if args.prompt_file is None else args.prompt_file.read_bytes()
+        text = content.decode()
     except (OSError, UnicodeError) as error:
         where = args.prompt_file or "stdin"
         raise DataError(

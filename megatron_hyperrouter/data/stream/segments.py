@@ -42,7 +42,6 @@ from megatron_hyperrouter.errors import CheckpointError
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
-    from megatron_hyperrouter.config.tree import DataConfig
     from megatron_hyperrouter.data.store.token_files import IndexedDataset
 
 # (completed steps after which the mix begins, words of --data-path)
@@ -187,7 +186,7 @@ def build_training_samples(
             )
     else:
         if last is not None and len(mixes) == 1:  # a schedule changes its mix as planned
-            _tell_of_other_mix(builder.data, last["mix"], now["mix"])
+            _tell_of_other_mix(last["mix"], now["mix"])
         last = None
     for segment in past:  # except for files that are no longer read, which may be gone
         _replay(
@@ -233,14 +232,13 @@ def _warn_of_repeated(mixes: Sequence[Sequence[str]], files: Mapping[str, Identi
             console.warn(f"{prefix} has the same text as {earlier}, so the blend reads it twice")
 
 
-def _tell_of_other_mix(data: DataConfig, before: Sequence[str], now: Sequence[str]) -> None:
+def _tell_of_other_mix(before: Sequence[str], now: Sequence[str]) -> None:
     """Report files or weights that are not those of the checkpoint."""
     if list(before) != list(now):
-        flag = "--data-path" if data.data_path else "--train-data-path"
         was, is_now = (" ".join([*words[:8], "..."][: len(words) or 1]) for words in (before, now))
         console.note(
-            f"{flag} was {was} in the checkpoint and is now {is_now}: the run continues with data that it "
-            "has not read yet"
+            f"the training data were {was} in the checkpoint and are now {is_now}: the run continues with "
+            "data that it has not read yet"
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_hyperrouter.guard.events import FILE as EVENTS_FILE
 from megatron_hyperrouter.guard.events import read_events
 from megatron_hyperrouter.studies.tables import markdown_table
 
@@ -66,8 +67,8 @@ def write_calibration_of(plans: Sequence[Timed], seconds: Sequence[float], per_n
     left = [name for name in _UNITS if name not in found.fitted]
     others = (
         (
-            f" These runs do not determine {' and '.join(_CONSTANTS[name] for name in left)}, so mhr plan "
-            "uses its default values for them."
+            f" These runs do not determine {' and '.join(_CONSTANTS[name] for name in left)}, so "
+            "mhr plan uses its default value for each of these constants."
         )
         if left
         else ""
@@ -81,5 +82,5 @@ def write_calibration_of(plans: Sequence[Timed], seconds: Sequence[float], per_n
 
 def _devices(plans: Sequence[Timed]) -> list[str]:
     """The names of the GPUs or CPUs that the runs recorded, each once."""
-    events = [event for plan in plans for event in read_events(plan.folder / "events.jsonl")]
+    events = [event for plan in plans for event in read_events(plan.folder / EVENTS_FILE)]
     return sorted({str(event["device"]) for event in events if event.get("device")})

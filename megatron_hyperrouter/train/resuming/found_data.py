@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.checkpoint.description import places
+from megatron_hyperrouter.data.store.token_files import IndexedDataset
+from megatron_hyperrouter.data.stream.file_identity import identity, same
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -24,22 +26,27 @@ def with_found_data(config: RunConfig, start: Start) -> RunConfig:
         return config
     meta, run_dir = start.manifest["meta"], start.folder.absolute().parent.parent
     found = dict[str, str]()
-    for word in meta.get("files", {}):
-        around = places(word, meta.get("origin", {}), run_dir)
-        if not _is_there(word) and (place := next(filter(_is_there, around), None)):
+    for word in dict.fromkeys(word for name in _PATHS for word in getattr(config.data, name)):
+        known = meta.get("files", {}).get(word)
+        if known is None or _is_there(word):
+            continue
+        around = filter(_is_there, places(word, meta.get("origin", {}), run_dir))
+        place = next((each for each in around if _is_same(known, each)), None)
+        if place is not None:
             found[word] = place
-    paths: dict[str, Any] = {
-        name: tuple(found.get(word, word) for word in words)
-        for name in _PATHS
-        if set(words := getattr(config.data, name)) & set(found)
-    }
-    if not paths:
+            console.note(f"{word} does not exist; using {place}, the same file at another place")
+    if not found:
         return config
-    if console.speaks():
-        for word, place in found.items():
-            console.note(f"{word} does not exist in this folder; using {place}, which this run has read")
+    paths: dict[str, Any] = {
+        name: tuple(found.get(word, word) for word in getattr(config.data, name)) for name in _PATHS
+    }
     return replace(config, data=replace(config.data, **paths))
 
 
 def _is_there(prefix: str) -> bool:
     return Path(f"{prefix}.idx").is_file()
+
+
+def _is_same(known: dict[str, Any], prefix: str) -> bool:
+    """Whether a file is the one that the run has read."""
+    return same(known, identity(IndexedDataset(prefix, whole=False)))

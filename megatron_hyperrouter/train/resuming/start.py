@@ -53,11 +53,13 @@ def decide(config: RunConfig, *, restarted: bool = False) -> Start:
     nobody has asked for a new one.  CheckpointError if there is nothing to load.
     """
     load, own = config.checkpoint.load, _own_root(config)
-    if load is None:
-        if not restarted or not own.is_dir() or find(own) is None:
-            return Start()
+    # --finetune with another run's --load continues its own run, too: see _begun
+    elsewhere = load is None or (not config.checkpoint.finetune and not _is_own(load, own))
+    if restarted and elsewhere and own.is_dir() and find(own) is not None:
         load = config.logging.run_dir
         console.note(f"torchrun has restarted the ranks: the run continues as with --load {load}")
+    if load is None:
+        return Start()
     if config.checkpoint.finetune and (begun := _begun(load, own)) is not None:
         return begun
     folder = find(Path(load))
