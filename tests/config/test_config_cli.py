@@ -352,6 +352,15 @@ class TestHelpers:
 
 
 class TestWriteSettings:
+    def test_the_folder_of_the_start_may_have_any_name(self, routers, tmp_path, monkeypatch):
+        odd = tmp_path / "a\x1b[1m\nb: {"
+        odd.mkdir()
+        monkeypatch.chdir(odd)
+        config = parse([*DATA, "--run-dir", "run"], routers=routers)
+        path = write_settings(config)
+        assert load_file(path, routers=routers) == config
+        assert "a?[1m?b: {" in path.read_text(encoding="utf-8").splitlines()[0]
+
     def test_a_runs_own_file_starts_the_same_run_again(self, routers, tmp_path):
         config = parse(
             [*DATA, "--run-dir", str(tmp_path / "run"), "--load", str(tmp_path / "other"), "--router.bias"],
