@@ -11,6 +11,13 @@ for ((i = 1; i <= $#; i++)); do
   esac
 done
 config=${config/#\~\//${HOME:-}/} # a shell leaves --config=~/FILE as it is, and the program finds the file
+case $config in
+  *'$'*)
+    echo "error: --config = $config contains a variable, which only the shell can replace here" >&2
+    echo "  remedy: write the path without single quotes" >&2
+    exit 2
+    ;;
+esac
 if [ -z "$run_dir" ] && [ -f "$config" ]; then
   run_dir=$(sed -n "s/^run_dir: *[\"']\{0,1\}\([^\"'#]*[^\"'# ]\).*/\1/p" "$config" | head -n 1)
 fi

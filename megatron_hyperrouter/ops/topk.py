@@ -99,14 +99,14 @@ def log_scores(logits_TE: Tensor, score: Score) -> Tensor:
     return logits_TE if score == "softmax" else F.logsigmoid(logits_TE)
 
 
-def whole(k: int) -> int:
+def whole(k: object) -> int:
     """``k``, also as an integer of NumPy or torch; ValueError if it is a bool or no integer."""
     if type(k) is int:
         return k
     try:
         if isinstance(k, bool):
             raise TypeError
-        return operator.index(k)
+        return operator.index(k)  # type: ignore[arg-type]
     except TypeError:
         raise ValueError(f"topk = {k!r}: must be an integer") from None
 

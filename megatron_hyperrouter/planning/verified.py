@@ -22,6 +22,11 @@ _STEPS = 2  # AdamW's state exists from the second step on
 
 def verify(plan: Plan, best: int, vocab_size: int, note: Callable[[str], None]) -> None:
     """Dry runs of the ``best`` layouts; a layout that needs more memory than a GPU has becomes refused."""
+
+    def named(each: PlannedLayout, rank: int) -> str:
+        """The table may give a layout another number: it leaves out those that a dry run finds too large."""
+        return f"layout predicted as number {plan.layouts.index(each) + 1}, rank {rank}"
+
     asked = [(each, rank) for each in plan.fitting[:best] for rank in ranks_of(plan.gpus)]
     tasks = [task_of(each.candidate, rank, vocab_size, plan.machine.skew) for each, rank in asked]
     note(
@@ -30,12 +35,10 @@ def verify(plan: Plan, best: int, vocab_size: int, note: Callable[[str], None]) 
     )
     for (each, rank), told in zip(asked, answers(tasks), strict=True):
         if "error" in told:
-            note(
-                f"rank {rank} of layout {plan.layouts.index(each) + 1} could not be verified: {told['error']}"
-            )
+            note(f"{named(each, rank)}: could not be verified: {told['error']}")
             continue
         each.verified.append(told | {"peak_bytes": told["peak_bytes"] + round(plan.machine.reserve)})
-        note(_compared(plan.layouts.index(each) + 1, each, told))
+        note(f"{named(each, rank)}: {_compared(each, told)}")
     for each in plan.layouts:
         peak = max((run["peak_bytes"] for run in each.verified), default=0)
         if peak > plan.machine.memory:
@@ -101,12 +104,12 @@ def answers(tasks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         process.stdin.close()
 
 
-def _compared(number: int, each: PlannedLayout, told: dict[str, Any]) -> str:
+def _compared(each: PlannedLayout, told: dict[str, Any]) -> str:
     rank = told["rank"]
     predicted = each.parameters[rank]
     same = "as predicted" if told["parameters"] == predicted else f"but {predicted:,} were predicted"
     return (
-        f"layout {number}, rank {rank}: {told['parameters']:,} parameters, {same}; "
+        f"{told['parameters']:,} parameters, {same}; "
         f"{told['built_bytes'] / GIB:.2f} GiB after the engine is built, "
         f"{told['peak_bytes'] / GIB:.2f} GiB at the peak"
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from numbers import Real
@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_hyperrouter.errors import ConfigError, Problem
+from megatron_hyperrouter.ops.topk import whole
 from megatron_hyperrouter.routers.base import ROUTERS, Router, RunFacts
 
 _FINITE = ConfigDict(allow_inf_nan=False)
@@ -84,14 +85,14 @@ def _common_problems(
     *, layer_number: int, seed: int, aux_loss_coeff: float, z_loss_coeff: float, facts: RunFacts | None
 ) -> Iterator[Problem]:
     """Problems of the arguments that have the same meaning for every router."""
-    for name, whole, least in (("layer_number", layer_number, 1), ("seed", seed, 0)):
-        if not _is_integer(whole) or not least <= whole < 1 << 63:
+    for name, number, least in (("layer_number", layer_number, 1), ("seed", seed, 0)):
+        if not _is_integer(number) or not least <= number < 1 << 63:
             rule = f"must be an integer from {least} to 2^63 - 1"
-            yield Problem(name, repr(whole), rule, f"use an integer from {least} to 2^63 - 1")
-    for name, number in (("aux_loss_coeff", aux_loss_coeff), ("z_loss_coeff", z_loss_coeff)):
-        if isinstance(number, bool) or not isinstance(number, Real) or not 0 <= number < math.inf:
+            yield Problem(name, repr(number), rule, f"use an integer from {least} to 2^63 - 1")
+    for name, weight in (("aux_loss_coeff", aux_loss_coeff), ("z_loss_coeff", z_loss_coeff)):
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < math.inf:
             rule = "must be a finite number >= 0"
-            yield Problem(name, repr(number), rule, "use 0 to leave this loss out")
+            yield Problem(name, repr(weight), rule, "use 0 to leave this loss out")
     if facts is None:
         return
     if not isinstance(facts, RunFacts):
@@ -105,12 +106,10 @@ def _common_problems(
 
 
 def _is_integer(value: object) -> bool:
-    """Whether ``value`` is an integer, of Python or of another library, and not a bool."""
-    try:
-        operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return False
-    return not isinstance(value, bool)
+    with contextlib.suppress(ValueError):
+        whole(value)
+        return True
+    return False
 
 
 def _option_problems(cls: type[Router], options: Mapping[str, Any]) -> Iterator[Problem]:

@@ -57,6 +57,19 @@ def test_the_settings_are_in_the_home_folder(tmp_path: Path) -> None:
     assert "--run-dir runs/mine --load runs/mine" in line and line.endswith(" --config=~/my.yaml")
 
 
+def test_a_variable_that_the_shell_did_not_replace(tmp_path: Path) -> None:
+    """The program would find the file, and the script another run folder."""
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--config=$HOME/my.yaml"],
+        env=environment(SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(REPOSITORY), VIRTUAL_ENV=sys.prefix),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "error: --config = $HOME/my.yaml contains a variable" in done.stderr
+    assert done.stdout == ""
+
+
 def test_torchrun_meets_under_a_name_of_each_attempt(tmp_path: Path) -> None:
     (line,) = asked(
         tmp_path,

@@ -144,7 +144,10 @@ def is_restarted(run_dir: str) -> bool:
     count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     if not count.isdecimal() or int(count) == 0:
         return False
-    events = read_events(Path(run_dir) / EVENTS_FILE)
+    try:
+        events = read_events(Path(run_dir) / EVENTS_FILE)
+    except OSError:  # on this rank alone, perhaps: the others must not wait for it
+        return False
     begun = [event.get("time") for event in events if event.get("event") in OPENING]
     return bool(begun) and is_number(begun[-1]) and begun[-1] > start_of_torchrun() - _CLOCKS
 

@@ -63,8 +63,10 @@ def plug_into_deepspeed(
         **options: the options of the router, as for ``build_router``.
 
     Raises:
-        TypeError: ``moe`` is not a DeepSpeed MoE layer, or its gate is not DeepSpeed's ``TopKGate``.
-        ValueError: the gate cannot be replaced, for example because ``deepspeed.initialize`` came first.
+        TypeError: ``moe`` is not a DeepSpeed MoE layer, its gate is not DeepSpeed's ``TopKGate``, or the
+            options contain ``hidden_size`` or ``num_experts``, which ``moe`` determines.
+        ValueError: ``layer_number`` is less than 1, or the gate cannot be replaced, for example because
+            ``deepspeed.initialize`` came first.
         ConfigError: the router or an option is unknown, or a value is out of range.
     """
     old = _gate_of(moe)
