@@ -292,14 +292,16 @@ class SharedEngine(SavedEngine):
             return batch
         return tokens_BS, labels_BS.masked_fill(tokens_BS.eq(self.eod), UNCOUNTED)
 
-    def in_parts(self, batches: Iterator[Batch]) -> Iterator[list[Batch]]:
+    def in_parts(self, batches: Iterator[Batch], *, groups_of: int = 1) -> Iterator[list[Batch]]:
         """An evaluation's micro-batches, a few at a time, because the clock and some hosts keep all of
-        them in memory.
+        them in memory.  The last group of ``groups_of`` is filled up without labels that count.
         """
         size = _EVALUATED_TOGETHER * self.config.parallel.pipeline_model_parallel_size
         while part := list(islice(batches, size)):
             self.clock.begin(step=self.clock.step, topk=self.clock.topk)
-            yield part
+            tokens_BS, labels_BS = part[-1]
+            more = (tokens_BS, torch.full_like(labels_BS, UNCOUNTED))
+            yield part + [more] * (-len(part) % groups_of)
 
     @abstractmethod
     def modules(self) -> list[nn.Module]:

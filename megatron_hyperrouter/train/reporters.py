@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TensorBoardHook(Hook):
-    """Writes TensorBoard events; a resumed run hides the events after the step that it loaded."""
+    """Writes TensorBoard events; a run that resumes or goes back hides the events after that step."""
 
     def __init__(self, folder: Path) -> None:
         self._open = _tensorboard().SummaryWriter
@@ -42,6 +42,11 @@ class TensorBoardHook(Hook):
     def on_evaluation(self, record: Record) -> None:
         """One scalar for each number: ``eval/valid/lm_loss``."""
         self.on_step(record)
+
+    def on_return(self, step: int) -> None:
+        """Continue in a new event file, which hides the later events."""
+        self._writer.close()
+        self.on_start(step)
 
     def on_save(self, step: int, folder: Path) -> None:
         """Events up to a checkpoint are on disk."""

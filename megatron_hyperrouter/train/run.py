@@ -164,8 +164,14 @@ class Run:
             self.recovery.after_good_step(step, result, self.tell, similarity)
             self.replicas.after(step, self.tell)
         else:
-            self.recovery.after_bad_step(step, result, self.tell, max(self.folders.steps(), default=None))
+            if self.config.guard.on_bad_step == "rollback":  # a checkpoint that is being written counts, too
+                self.saving.settle(step - 1)
+            self.recovery.after_bad_step(step, result, self.tell, self._newest())
         return result.stop
+
+    def _newest(self) -> int | None:
+        """The step of the newest checkpoint, as rank 0 sees it (collective): other ranks may see it later."""
+        return int(self.engine.first_word(str(max(self.folders.steps(), default=0)))) or None
 
     def _of_step(self, step: int, batches: Batches) -> Iterator[Batch]:
         """This rank's micro-batches of one step."""
@@ -236,7 +242,8 @@ class Run:
     def roll_back(self) -> int:
         """Return to the newest checkpoint (collective); returns its step."""
         self.saving.settle(self.supervision.progress.step)
-        step = max(self.folders.steps())
+        step = self._newest()
+        assert step is not None, "the run returns only where there is a checkpoint"
         folder = self.folders.root / folder_name(step)
         self.engine.load(folder)
         self.restore(read_manifest(folder)["meta"], folder)

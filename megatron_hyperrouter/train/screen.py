@@ -40,7 +40,7 @@ class ConsoleHook(Hook):
     def on_step(self, record: Record) -> None:
         """Update the bar; at the log interval, print a line about the steps since the last line."""
         step = int(record["step"] or 0)
-        if record["lm_loss"] is None:
+        if record.get("skipped"):
             self._say(f"step {step}  skipped")
             return
         self._recent.append(record)
@@ -63,6 +63,11 @@ class ConsoleHook(Hook):
     def on_save(self, step: int, folder: Path) -> None:
         """One line."""
         self._say(f"step {step}  saved {folder}")
+
+    def on_return(self, step: int) -> None:
+        """The next line is not about steps that the run has undone."""
+        kept = [record for record in self._recent if int(record["step"] or 0) <= step]
+        self._recent = deque(kept, maxlen=self._log_interval)
 
     def on_end(self) -> None:
         """Close the bar."""

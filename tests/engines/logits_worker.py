@@ -21,7 +21,7 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     config = tiny_config(case["flags"], world_size)
     engine = open_engine(config, vocab_size=VOCABULARY)
     rows = torch.randint(VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(5))
-    told: dict[str, Any] = {"losses": [], "texts": [], "logits": []}
+    told: dict[str, Any] = {"losses": [], "texts": [], "logits": [], "similarity": {}}
     prompts: list[list[int]] = [[1, 2, 3], [7], rows[0, : LENGTH - 1].tolist()]
     writer = SampleWriter(
         every=1,
@@ -36,6 +36,7 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
             # Before the first step, for Adam makes much of gradients that are nearly 0.  With all experts
             # nearly equal router logits cannot decide otherwise.
             told["logits"] = engine.logits(rows, topk=4).tolist()
+            told["similarity"] = engine.expert_similarity(rows[: config.train.micro_batch_size], topk=4)
         for step in range(STEPS):
             batches = micro_batches(config, engine.place, step)
             told["losses"].append(engine.train_step(batches, step=step, learning_rate=0.01).lm_loss)

@@ -21,6 +21,11 @@ LAYOUTS = {
     "TP2, SP": "--tensor-model-parallel-size 2 --sequence-parallel",
     "PP2": "--pipeline-model-parallel-size 2",
 }
+DEEP = "--num-layers 4 --micro-batch-size 1"
+MORE = {
+    "deep": DEEP,
+    "PP2, VPP2": f"{DEEP} --pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2",
+}
 Told = dict[tuple[str, str], dict[str, Any]]
 
 
@@ -28,12 +33,13 @@ Told = dict[tuple[str, str], dict[str, Any]]
 def told(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Told:
     home = tmp_path_factory.mktemp("logits")
     alone = [(engine, name) for engine in ENGINES for name in ("alone", "silent")]
-    spread = [(engine, name) for engine in ENGINES for name in LAYOUTS]
+    alone.append(("megatron", "deep"))
+    spread = [(engine, name) for engine in ENGINES for name in LAYOUTS] + [("megatron", "PP2, VPP2")]
     found: Told = {}
     for ranks, keys in ((1, alone), (2, spread)):
         cases = [
             {
-                "flags": f"--router.name hyper --engine {engine} {LAYOUTS.get(name, '')}".split(),
+                "flags": f"--router.name hyper --engine {engine} {(LAYOUTS | MORE).get(name, '')}".split(),
                 "writes": name != "silent",
             }
             for engine, name in keys
@@ -52,6 +58,17 @@ def test_every_layout_gives_what_one_process_gives(told: Told, engine: str, layo
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert found["texts"] == expected["texts"]
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-6)
+
+
+def test_an_odd_number_of_micro_batches_in_interleaved_stages(told: Told) -> None:
+    expected, found = told["megatron", "deep"], told["megatron", "PP2, VPP2"]
+    torch.testing.assert_close(
+        torch.tensor(found["logits"]), torch.tensor(expected["logits"]), rtol=0, atol=1e-5
+    )
+    assert found["texts"] == expected["texts"]
+    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-6)
+    assert set(found["similarity"]) == {"1", "2", "3", "4"}
+    assert found["similarity"] == pytest.approx(expected["similarity"], abs=1e-4)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -5,6 +5,7 @@ way.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import FakeEngine
+from fakes import FakeEngine, FakeStaged
 from tiny_run import VOCAB_SIZE, settings, splits
 from train.loop_runs import KillAt, Killed, change, lines, run
 
@@ -75,6 +76,39 @@ def test_rolling_back_leaves_out_all_steps_since_the_checkpoint(config: RunConfi
     assert torch.equal(back.table_VV, named.table_VV)
     assert trained(lines(config)) == trained(lines(other))
     assert [record["step"] for record in lines(config) if "split" not in record] == list(range(1, 13))
+
+
+class SlowToSave(Faulty):
+    """Its checkpoints take a while to be written."""
+
+    def stage(self) -> FakeStaged:
+        staged = super().stage()
+        return SlowStaged(staged.state)
+
+
+class SlowStaged(FakeStaged):
+    def write(self, folder: Path) -> list[Path]:
+        time.sleep(0.2)
+        return super().write(folder)
+
+
+def test_rolling_back_to_a_checkpoint_that_is_being_written(config: RunConfig) -> None:
+    config = change(policy(config, "rollback"), "checkpoint", async_save=True)
+    run(config, engine=SlowToSave({4: math.nan}))
+    assert [record["step"] for record in lines(config) if "skipped" in record] == [4]
+
+
+class SeesLess(Faulty):
+    """Rank 0, on another machine, sees the checkpoint of step 3 alone."""
+
+    def first_word(self, word: str) -> str:
+        return "3" if word.isdecimal() else word
+
+
+def test_rank_0_says_where_all_ranks_return_to(config: RunConfig) -> None:
+    engine = run(policy(config, "rollback"), engine=SeesLess({8: math.nan}))
+    assert engine.steps_taken == [*range(8), *range(8, 12)]
+    assert [record["step"] for record in lines(config) if "skipped" in record] == [4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize(
@@ -199,6 +233,11 @@ class TestAlarms:
             ("save", 63),
             ("save", 80),
         ]
+
+    def test_steps_left_out_after_an_alarm_are_no_alarms(self, config: RunConfig) -> None:
+        watched = change(long(config, "imbalance=snapshot"), "guard", skip_steps=("64-66",))
+        _, events = self.start(watched)
+        assert [event["step"] for event in events if event["event"] == "save"] == [63, 80]
 
     @pytest.mark.parametrize("action", ["note", "snapshot"])
     @pytest.mark.parametrize("in_the_background", [False, True])

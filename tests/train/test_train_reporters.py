@@ -59,6 +59,17 @@ class TestTensorBoard:
             (5, 25.0),
         ]
 
+    def test_a_run_that_goes_back_shows_no_step_twice(self, tmp_path: Path) -> None:
+        hook = TensorBoardHook(tmp_path)
+        hook.on_start(0)
+        for step in (1, 2, 3):
+            hook.on_step(step_record(step, loss=1.0))
+        hook.on_return(1)
+        hook.on_step(step_record(3, loss=2.0))
+        hook.on_end()
+        events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/lm_loss")
+        assert [(event.step, event.value) for event in events] == [(1, 1.0), (3, 2.0)]
+
 
 class FakeWandb(ModuleType):
     """Notes what the hook asks of the library."""

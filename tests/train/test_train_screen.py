@@ -32,6 +32,17 @@ class TestConsole:
         assert ["loss 2.0000" in lines[0], "loss 5.0000" in lines[1], "loss 7.0000" in lines[2]] == [True] * 3
         assert "lr 1.00e-03  k 2  2,000 tokens/s  2 s left" in lines[0]
 
+    def test_steps_that_do_not_count_are_in_no_mean(self) -> None:
+        screen = Console(file=io.StringIO(), width=200)
+        hook = ConsoleHook(8, log_interval=4, screen=screen)
+        for step, loss in enumerate((1.0, 9.0, 9.0), start=1):
+            hook.on_step(step_record(step, loss=loss))
+        hook.on_return(1)
+        hook.on_step(step_record(3, loss=float("nan"), skipped=True))
+        hook.on_step(step_record(4, loss=2.0))
+        skipped, line = self.lines(hook, screen)
+        assert skipped == "step 3  skipped" and "loss 1.5000" in line
+
     def test_speed_is_tokens_over_time_not_a_mean_of_speeds(self) -> None:
         screen = Console(file=io.StringIO(), width=200)
         hook = ConsoleHook(2, log_interval=2, screen=screen)

@@ -101,8 +101,10 @@ class MegatronEngine(SharedEngine):
     def forward_all(self, batches: Iterator[Batch]) -> None:
         """See :class:`SharedEngine`."""
         model.set_topk(self.chunks, self.clock.topk or self.config.model.moe_router_topk)
+        # the interleaved schedule takes only whole groups, of as many micro-batches as there are stages
+        stages = self.config.parallel.pipeline_model_parallel_size if len(self.wrapped) > 1 else 1
         with torch.no_grad():
-            for held in self.in_parts(batches):
+            for held in self.in_parts(batches, groups_of=stages):
                 self._schedule(held, forward_only=True)
 
     def _schedule(self, batches: list[Batch], *, forward_only: bool) -> None:

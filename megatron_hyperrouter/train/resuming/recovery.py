@@ -35,7 +35,8 @@ class Recovery:
         self.good_until: int | None = None  # see Alarms
 
     def takes_part(self, step: int) -> bool:
-        """False for a step whose data are read but not trained on."""
+        """Begin a step; False if its data are read but not trained on."""
+        self.asked, self.good_until = "", None
         return step not in self._bad.skipped
 
     def accept(self, result: StepResult) -> bool:
