@@ -11,15 +11,21 @@ from megatron_hyperrouter.errors import BadValue
 def expanded(path: str) -> str:
     """A path in which ``~`` and ``$VARIABLE`` are expanded as in a shell; ``$$`` is a dollar sign.
 
-    Raises :class:`BadValue` if there is no such variable or user, or if nothing is left of the path.
+    Raises :class:`BadValue` if there is no such variable or user, if nothing is left of the path, or for
+    what only a shell can compute: ``${NAME:-default}`` and ``$(command)``.
     """
     if "\0" in path:
         raise BadValue("must not contain a NUL character", "give the name of a file or folder")
 
     def fill(found: re.Match[str]) -> str:
         name = found[1] or found[2]
-        if name is None:
+        if name is None and found[0] == "$$":
             return "$"
+        if name is None:
+            raise BadValue(
+                f"has {found[0]} with more than the name of a variable, which only a shell can expand",
+                "write the name itself, set a variable and use $VARIABLE, or write $$ for a dollar sign",
+            )
         if name not in os.environ:
             raise BadValue(
                 f"uses the environment variable {name}, which is not set",
@@ -27,7 +33,7 @@ def expanded(path: str) -> str:
             )
         return os.environ[name]
 
-    full = re.sub(r"\$(?:\{(\w+)\}|(\w+)|\$)", fill, path)
+    full = re.sub(r"\$(?:\{(\w+)\}|(\w+)|[${(])", fill, path)
     if not full.strip():  # Path("") is the working folder
         raise BadValue(
             "must not be empty",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import signal
@@ -64,6 +65,13 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
         console.error_from_here(f"stopped by {reason}; {reason.left}")
         sys.exit(1)
     except BrokenPipeError:  # the reader has closed the pipe, as in "mhr inspect P | head -1"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        what = f"{error.filename or 'the output'} cannot be written: {error.strerror}"
+        console.report(HyperRouterError(what, remedy="free up space, and run the command again"))
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(0)

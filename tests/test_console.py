@@ -194,6 +194,23 @@ def test_a_waiting_rank_dies_by_the_launchers_sigterm_even_where_the_run_handles
     assert err == ""
 
 
+TOOL = "from megatron_hyperrouter.terminal import run_tool; run_tool(lambda words: print('found'))"
+
+
+@pytest.mark.parametrize("words", ["--help", "--version", "train --help", "train --help router hyper", TOOL])
+def test_output_that_has_no_room_is_no_traceback(words):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    program = ["-c", words] if words == TOOL else ["-m", "megatron_hyperrouter", *words.split()]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, *program], stdout=full, stderr=subprocess.PIPE, text=True)
+    if words == TOOL:
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: the output cannot be written: No space left on device")
+    else:
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 ON_A_TERMINAL = """
 from megatron_hyperrouter import console
 console.table([("router", "hyper, 8 experts in each of 2 layers"), ("run folder", "runs/a")])

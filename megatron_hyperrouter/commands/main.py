@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sys
 from collections.abc import Sequence
@@ -28,16 +29,13 @@ def mhr() -> NoReturn:
     """The console script: runs the command that the first argument names."""
     words = sys.argv[1:]
     if not words:
-        print(_NEXT, end="")
-        sys.exit(0)
+        _show(_NEXT)
     if words[0] in ("-h", "--help", "help"):
-        print(overview(), end="")
-        sys.exit(0)
+        _show(overview())
     if words[0] == "--version":
         from megatron_hyperrouter import __version__
 
-        print(f"megatron_hyperrouter {__version__}")
-        sys.exit(0)
+        _show(f"megatron_hyperrouter {__version__}\n")
     if words[0] not in _COMMANDS:
         from megatron_hyperrouter import console
 
@@ -64,6 +62,17 @@ def start(name: str) -> NoReturn:
     from megatron_hyperrouter.terminal import run_tool
 
     run_tool(main)
+
+
+def _show(text: str) -> NoReturn:
+    """Print ``text``; a reader that has closed the pipe is no error."""
+    from megatron_hyperrouter import console
+
+    def write() -> None:
+        with contextlib.suppress(OSError):
+            sys.stdout.write(text)
+
+    sys.exit(console.run(write))
 
 
 def overview() -> str:

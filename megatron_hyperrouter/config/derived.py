@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from megatron_hyperrouter.config.kinds import MOST_LAYERS
 from megatron_hyperrouter.config.leaves import value_of
 from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes, grows_to
 from megatron_hyperrouter.config.tree import RunConfig
 
 NO_DATA = "no-data-yet"  # in place of --data-path, in a run that was imported without data
-MOST_LAYERS = 10_000  # in a pattern: more is a typing error, which must not fill the memory
 
 
 def query_groups(config: RunConfig) -> int:

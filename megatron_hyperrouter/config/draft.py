@@ -53,7 +53,7 @@ class Draft:
         self.values = dict(file.values)
         self.problems = [*problems, *file.problems]
         self.unsure: set[str] = set()  # settings whose intended value is not known
-        self.written: set[str] = set()  # settings that some source gives
+        self.written: dict[str, bool] = {}  # settings that some source gives -> whether a flag gives it
         self.carried = Carried()
         self._notes: list[str] = []
 
@@ -97,6 +97,7 @@ class Draft:
         carry_over(Source(self.flags, flag, str, list, self.values), ours, self.carried)
         carry_over(file, ours, self.carried)
         self.problems += self.carried.problems
+        self.unsure |= self.carried.unsure
 
     def _work_out(self, values: dict[str, Any], world_size: int | None) -> None:
         """Compute settings that are given in other units, and switch off settings that cannot be on."""
@@ -152,8 +153,9 @@ class Draft:
         override = self.overrides.pop(leaf.name, ABSENT)
         words = self.flags.pop(leaf.flag, None)
         off = self.flags.pop(leaf.off_flag, None) if leaf.off_flag else None
-        if (in_file, override, words, off) != (ABSENT, ABSENT, None, None):
-            self.written.add(leaf.name)
+        stronger = (override, words, off) != (ABSENT, None, None)
+        if stronger or in_file is not ABSENT:
+            self.written[leaf.name] = stronger
         if off is not None:
             return self._attempt(
                 leaf, str(leaf.off_flag), " ".join(off), lambda: switched_off(leaf, words, off)
@@ -161,11 +163,12 @@ class Draft:
         if words is not None:
             shown = " ".join(words)
             shown = repr(shown) if words and not shown.strip() else shown
-            return self._attempt(leaf, leaf.flag, shown, lambda: from_words(leaf, words))
+            place = self.carried.origin.get(leaf.flag, leaf.flag)
+            return self._attempt(leaf, place, shown, lambda: from_words(leaf, words))
         if override is not ABSENT:
             return self._attempt(leaf, leaf.flag, override, lambda: convert(leaf, override))
         if in_file is not ABSENT:
-            place = f"{leaf.flag} ({leaf.name} in {self.file.path})"
+            place = self.carried.origin.get(leaf.name, f"{leaf.flag} ({leaf.name} in {self.file.path})")
             shown = repr(in_file) if isinstance(in_file, str) and not in_file.strip() else in_file
             return self._attempt(leaf, place, shown, lambda: from_file(leaf, in_file))
         return leaf.default
@@ -195,7 +198,7 @@ class Draft:
         written = flag if place.startswith("--") else str
         owners = [other for other in self.routers if name in self._options_of(other)]
         if owners:
-            place = self.carried.origin.get(name, place)
+            place = self.carried.origin.get(place if place.startswith("--") else name, place)
             if any(problem.field == place for problem in self.problems):
                 return  # one flag of Megatron-LM may become several options
             rule = f"is not an option of router {router}; it is an option of {', '.join(owners)}"

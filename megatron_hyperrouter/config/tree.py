@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from megatron_hyperrouter.config.kinds import Count, Fraction, Natural, NonNegative, YamlWord
+from megatron_hyperrouter.config.kinds import MOST_LAYERS, Count, Fraction, Natural, NonNegative, YamlWord
 from megatron_hyperrouter.config.roles import FILE, FOLDER, PREFIX, Metavar, Only, Quiet, Role
 from megatron_hyperrouter.config.sections.attention import AttentionConfig
 from megatron_hyperrouter.config.sections.checkpoint import CheckpointConfig as CheckpointConfig
@@ -28,7 +28,7 @@ from megatron_hyperrouter.config.sections.precision import PrecisionConfig
 class ModelConfig:
     """The transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU experts, no biases."""
 
-    num_layers: Annotated[Count, Role.SHAPE, "Number of transformer layers"] = 4
+    num_layers: Annotated[Count, Le(MOST_LAYERS), Role.SHAPE, "Number of transformer layers"] = 4
     hidden_size: Annotated[Count, Role.SHAPE, "Width of the model (D)"] = 256
     num_attention_heads: Annotated[Count, Role.SHAPE, "Number of attention heads"] = 4
     num_query_groups: Annotated[

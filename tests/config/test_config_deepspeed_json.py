@@ -123,6 +123,19 @@ class TestDeepSpeedJson:
         (problem,) = self.found(base, tmp_path, document)
         assert problem.field.startswith(f"{key} in ") and words in problem.rule
 
+    @pytest.mark.parametrize(
+        ("document", "words"),
+        [
+            ({"bf16": True}, "must be a JSON object"),
+            ({"zero_optimization": 2}, "must be a JSON object"),
+            ({"fp16": None}, "must be a JSON object"),
+            ({"bfloat16": {"enabled": True}}, "is ignored by DeepSpeed"),
+        ],
+    )
+    def test_sections_that_deepspeed_would_stop_at_or_ignore(self, base, tmp_path, document, words):
+        (problem,) = self.found(base, tmp_path, document)
+        assert problem.field.startswith(f"{next(iter(document))} in ") and words in problem.rule
+
     def test_what_deepspeed_has_removed_is_known(self):
         """Read, not imported: this room's tests know no torch."""
         spec = find_spec("deepspeed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -179,6 +180,11 @@ class TestPaths:
         assert config.data.data_path == ("0.5", "/fast/a", "0.5", "/fast/b")
         assert config.checkpoint.load == "/homes/me/x$y"
 
+    @pytest.mark.parametrize("value", ["${SCRATCH:-/tmp}/a", "$(date)", "${"])
+    def test_what_only_a_shell_can_expand_is_no_name(self, routers, write, value):
+        (problem,) = problems_of(routers, "--config", write(f"data_path: a\nrun_dir: {value!r}\n"))
+        assert "which only a shell can expand" in problem.rule
+
     def test_what_does_not_exist_is_refused(self, routers, write):
         for value, rule in [("$NO_SUCH_VARIABLE/a", "is not set"), ("~no-such-user/a", "unknown user")]:
             (problem,) = problems_of(routers, "--config", write(f"data_path: a\nrun_dir: {value}\n"))
@@ -199,6 +205,14 @@ class TestPaths:
         (problem,) = problems_of(routers, "--config", write('data_path: a\nload: ""\n'))
         assert str(problem).startswith("--load (load in ")
         assert " = '': must not be empty" in str(problem)
+
+    def test_a_file_that_is_a_pipe_is_read_once(self, routers):
+        """``--config <(...)``: the command parses its settings twice."""
+        read, write = os.pipe()
+        os.write(write, b"train_iters: 7\n")
+        os.close(write)
+        argv = [*DATA, "--config", f"/dev/fd/{read}"]
+        assert [parse(argv, routers=routers).train.train_iters for _ in range(2)] == [7, 7]
 
     def test_an_empty_name_of_the_file_itself(self, routers):
         (problem,) = problems_of(routers, *DATA, "--config", "")

@@ -315,7 +315,58 @@ class TestArithmetic:
         assert (data.train_data_path, data.valid_data_path) == (("0.5", "a", "0.5", "b"), ("c",))
         assert data.test_data_path == ()
         for name, file in (("--data-args-path", "none"), ("--per-split-data-args-path", str(blend))):
-            assert problems_of(all_routers, name, file)[0].field == name
+            (problem,) = problems_of(all_routers, name, file)  # not also that there is no data
+            assert problem.field == name
+
+    @pytest.mark.parametrize(
+        ("name", "text", "rule"),
+        [
+            ("--data-args-path", "\n", "names no data files"),
+            ("--per-split-data-args-path", '{"train": 5}', "train must be a list"),
+            ("--per-split-data-args-path", '{"train": "a", "validation": "b"}', "no other keys"),
+            ("--per-split-data-args-path", "[" * 10_000, "is not JSON"),
+        ],
+    )
+    def test_files_of_data_that_say_something_else(self, all_routers, tmp_path, name, text, rule):
+        (tmp_path / "given").write_text(text)
+        (problem,) = problems_of(all_routers, name, str(tmp_path / "given"))
+        assert problem.field == name and rule in problem.rule
+
+    @pytest.mark.parametrize(
+        ("text", "argv", "name", "value"),
+        [
+            ("train_samples: 80", "--train-samples 160", "train_iters", 20),
+            ("train_samples: 80", "--train-iters 3", "train_iters", 3),
+            ("train_iters: 3", "--train-samples 160", "train_iters", 20),
+            ("lr_warmup_samples: 80", "--lr-warmup-fraction 0.5", "lr_warmup_iters", 50),
+            ("lr_warmup_fraction: 0.5", "--lr-warmup-samples 80", "lr_warmup_iters", 10),
+        ],
+    )
+    def test_flags_override_the_file(self, all_routers, write, text, argv, name, value):
+        file = ["--config", write(f"data_path: a\nglobal_batch_size: 8\n{text}\n")]
+        assert value_of(parse([*file, *argv.split()], routers=all_routers), name) == value
+        twice = write("data_path: a\nglobal_batch_size: 8\ntrain_samples: 80\ntrain_iters: 3\n")
+        assert "sets the same thing" in problems_of(all_routers, "--config", twice)[0].rule
+
+    @pytest.mark.parametrize(
+        "flag",
+        ["recompute-activations", "checkpoint-activations", "moe-layer-recompute", "group-query-attention"],
+    )
+    def test_a_switch_takes_no_value(self, all_routers, flag):
+        """ "false" would not switch it off."""
+        assert understood(all_routers, f"--{flag}", "true") == understood(all_routers, f"--{flag}")
+        assert problems_of(all_routers, *DATA, f"--{flag}", "false")[0].rule == "takes no value"
+
+
+def test_a_bad_value_is_told_under_the_name_that_was_written(all_routers, write):
+    file = write("save: ''\n")
+    for argv, field in (
+        (["--save", ""], "--save"),
+        (["--save", "", "--config", file], "--save"),
+        (["--config", file], f"save in {file}"),
+        (["--moe-router-num-groups", "x"], "--moe-router-num-groups"),
+    ):
+        assert problems_of(all_routers, *DATA, *argv)[0].field == field
 
 
 def test_the_checkpoint_of_one_step(all_routers, tmp_path):
@@ -331,6 +382,8 @@ def test_the_spelling_of_deepspeed(all_routers, words):
     (problem,) = problems_of(all_routers, *DATA, *words.split())
     assert (problem.field, problem.value) == ("--deepspeed-config", "no.json")
     assert understood(all_routers, "--deepspeed")[0] == understood(all_routers)[0]
+    both = problems_of(all_routers, *DATA, *words.split(), "--deepspeed", "other.json")
+    assert ("names another file" in both[0].rule) == ("deepspeed_config" in words)
 
 
 def test_sequence_parallelism_without_tensor_parallelism_is_switched_off(all_routers):

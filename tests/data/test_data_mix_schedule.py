@@ -83,6 +83,12 @@ def test_settled_it_needs_no_file(tmp_path: Path) -> None:
         mixes_of(replace(data, data_schedule=str(found.data_schedule).replace('7, "data_path"', '7, "data"')))
 
 
+@pytest.mark.parametrize("name", ["\N{GRINNING FACE}", "\N{EURO SIGN}", 'a"b', "a: b", "$a"])
+def test_the_list_in_a_runs_settings_names_the_same_files(tmp_path: Path, name: str) -> None:
+    mixes = ((0, (write_corpus(tmp_path / name, [5]),)),)
+    assert mixes_of(settled(DataConfig(data_schedule="mixes.yaml"), mixes)) == mixes
+
+
 def test_whose_files_validation_reads(tmp_path: Path) -> None:
     a = write_corpus(tmp_path / "a", [5])
     data = given(tmp_path, f"- {{from_step: 0, data_path: [1.5, {a}]}}\n")

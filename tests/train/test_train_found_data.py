@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,11 @@ def test_the_file_that_moved_with_the_run(
     start = Start(tmp_path / "new/run/checkpoints/step_0000002", {"step": 2, "meta": meta})
     config = change(settings(tmp_path / "new/run"), "data", data_path=("text",), train_data_path=())
     assert with_found_data(config, start).data.data_path == (moved,)
+    assert f"text does not exist; using {moved}" in capsys.readouterr().out.replace("\n", " ")
+    mixes = "[{from_step: 0, data_path: [2, text]}, {from_step: 3, data_path: [tezt]}]"
+    scheduled = change(config, "data", data_path=(), data_schedule=mixes)
+    found = json.loads(str(with_found_data(scheduled, start).data.data_schedule))
+    assert [each["data_path"] for each in found] == [["2", moved], ["tezt"]]
     assert f"text does not exist; using {moved}" in capsys.readouterr().out.replace("\n", " ")
     other = change(config, "data", data_path=("tezt",))
     assert with_found_data(other, start) is other and not capsys.readouterr().out

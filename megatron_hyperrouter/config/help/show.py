@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -33,4 +34,6 @@ def show_help(routers: Mapping[str, Any], *, prog: str, topic: Sequence[str]) ->
     """The help text at the terminal's width, on one rank."""
     if os.environ.get("RANK", "0") == "0":
         width = shutil.get_terminal_size().columns
-        sys.stdout.write(help_text(routers, prog=prog, topic=topic, width=width))
+        text = help_text(routers, prog=prog, topic=topic, width=width)
+        with contextlib.suppress(OSError):  # the reader has closed the pipe, as in "mhr train --help | head"
+            sys.stdout.write(text)

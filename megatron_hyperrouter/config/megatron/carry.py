@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_hyperrouter.config.leaves import flag, tree_leaves
 from megatron_hyperrouter.config.megatron.absent import FEATURES
@@ -32,7 +32,16 @@ ALL_ABSENT: Mapping[str, Absent] = MappingProxyType(
 )
 
 
+class Pending(NamedTuple):
+    """A flag to convert when all settings are known."""
+
+    place: str
+    words: list[str]
+    by_flag: bool  # given on the command line, not in a file
+
+
 REFINES = ("ckpt-step",)  # they refine a setting that may be given as well
+DATA_FILES = ("data-args-path", "per-split-data-args-path")
 
 
 @dataclass
@@ -42,10 +51,11 @@ class Carried:
     always: list[str] = field(default_factory=list)
     no_effect: list[str] = field(default_factory=list)
     translated: list[str] = field(default_factory=list)  # "--save is --run-dir"
-    pending: dict[str, tuple[str, list[str]]] = field(default_factory=dict)  # place and words
+    pending: dict[str, Pending] = field(default_factory=dict)
     given: set[str] = field(default_factory=set)  # names of all flags and keys, with dashes
-    origin: dict[str, str] = field(default_factory=dict)  # setting of ours -> the flag that became it
+    origin: dict[str, str] = field(default_factory=dict)  # our flag or key -> what became it
     problems: list[Problem] = field(default_factory=list)
+    unsure: set[str] = field(default_factory=set)  # settings of ours whose intended value is not known
 
     def notes(self) -> Iterator[str]:
         """One line that counts them."""
@@ -103,26 +113,29 @@ def contradictions(carried: Carried, values: Mapping[str, Any]) -> Iterator[Prob
 
 
 def work_out(
-    carried: Carried, values: dict[str, Any], written: Container[str], world_size: int | None
+    carried: Carried, values: dict[str, Any], written: Mapping[str, bool], world_size: int | None
 ) -> list[Problem]:
-    """Convert settings in other units, and put the results into ``values``; ``written``: settings that the
-    user gives.
+    """Convert settings in other units, and put the results into ``values``.
+
+    ``written``: settings that the user gives -> whether a flag gives it; flags override the file.
     """
     problems = []
-    by_setting: dict[str, str] = {}
-    for name, place, words in in_order(carried.pending):
+    given = {ours: (flag(ours), by_flag) for ours, by_flag in written.items()}
+    for name, (place, words, by_flag) in in_order(carried.pending):
         try:
             ours, value = worked_out(name, words, values, world_size)
-            if ours in written and name not in REFINES:
-                raise BadValue(f"sets the same thing as {flag(ours)}", "keep one of the two flags")
-            if (other := by_setting.setdefault(ours, place)) != place:
+            other, stronger = given.get(ours, (place, False)) if name not in REFINES else (place, False)
+            if other != place and stronger == by_flag:
                 raise BadValue(f"sets the same thing as {other}", "keep one of the two flags")
         except BadValue as bad:
             problems.append(Problem(place, " ".join(words), bad.rule, bad.remedy))
-        else:
-            values[ours] = value
-            shown = "not needed" if value is None else f"{flag(ours)} {value}"
-            carried.translated.append(f"{place} {' '.join(words)} is {shown}")
+            continue
+        if stronger and not by_flag:
+            continue
+        given[ours] = (place, by_flag)
+        values[ours] = value
+        shown = "not needed" if value is None else f"{flag(ours)} {value}"
+        carried.translated.append(f"{place} {' '.join(words)} is {shown}")
     return problems
 
 
@@ -172,8 +185,9 @@ def _carry(name: str, place: str, words: list[str] | None, source: Source, carri
             _put(name, place, EARLY[name](words, lambda other: _read(source, other)), source, carried)
         except BadValue as bad:
             carried.problems.append(Problem(place, " ".join(words), bad.rule, bad.remedy))
+            carried.unsure |= {"data_path"} if name in DATA_FILES else set()
     elif name in ARITHMETIC:
-        carried.pending[name] = (place, words)
+        carried.pending.setdefault(name, Pending(place, words, place.startswith("--")))
     else:
         row = ALL_ABSENT[name]
         instead = row.without.startswith("use ")
@@ -199,7 +213,7 @@ def _put(name: str, place: str, settings: Mapping[str, list[str]], source: Sourc
             carried.problems.append(Problem(place, " ".join(words), rule, "keep one of the two flags"))
             return
         source.given[key] = words if key.startswith("--") else _plain(words)
-        carried.origin[ours] = place
+        carried.origin[key] = place
     if settings:
         texts = (" ".join([flag(ours), *words]) for ours, words in settings.items())
         carried.translated.append(f"{flag(name)} is {' '.join(texts)}")

@@ -10,15 +10,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
+from megatron_hyperrouter.config.reading.yaml_text import text_of
 from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes, grows_to
-from megatron_hyperrouter.errors import BadValue
+from megatron_hyperrouter.errors import BadValue, reason_of
 from megatron_hyperrouter.paths import expanded
+
+T = TypeVar("T")
 
 ReadWord = Callable[[str], "str | None"]  # the word that the same source gives to a setting of ours
 Settings = dict[str, list[str]]  # our names -> words
 
+_SPLITS = 'write {"train": ["0.3", "a", "0.7", "b"], "valid": ["c"]}'
 BALANCING = {"seq_aux_loss": "sequence", "global_aux_loss": "global_batch", "none": "off"}
 
 
@@ -52,6 +56,7 @@ def load_balancing_type(words: list[str], read: ReadWord) -> Settings:
 
 def group_query_attention(words: list[str], read: ReadWord) -> Settings:
     """Megatron-LM's default of --num-query-groups is 1."""
+    _no_value(words)
     return {} if read("num_query_groups") is not None else {"num_query_groups": ["1"]}
 
 
@@ -76,35 +81,45 @@ def save_retain_interval(words: list[str], read: ReadWord) -> Settings:
 
 def data_args(words: list[str], read: ReadWord) -> Settings:
     """A file with the words of --data-path."""
-    return {"data_path": _text(_one(words)).split()}
+    found = _text(_one(words)).split()
+    if not found:
+        raise BadValue("names no data files", "write prefixes, or weights and prefixes, into the file")
+    return {"data_path": found}
 
 
 def per_split_data_args(words: list[str], read: ReadWord) -> Settings:
     """A JSON file with the values of --train-data-path, --valid-data-path and --test-data-path."""
+    text = _text(_one(words))
     try:
-        parts = json.loads(_text(_one(words)))
-        blends = {split: parts[split] for split in ("train", "valid", "test") if parts.get(split)}
-    except (ValueError, AttributeError) as error:
-        rule = f"must be a JSON object with the keys train, valid and test ({error})"
-        raise BadValue(rule, 'write {"train": ["0.3", "a", "0.7", "b"], "valid": ["c"]}') from error
-    return {
-        f"{split}_data_path": blend.split() if isinstance(blend, str) else [str(word) for word in blend]
-        for split, blend in blends.items()
-    }
+        parts = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadValue(f"is not JSON ({error})", _SPLITS) from error
+    if not isinstance(parts, dict) or set(parts) - {"train", "valid", "test"}:
+        raise BadValue("must be a JSON object with no other keys than train, valid and test", _SPLITS)
+    found: Settings = {}
+    for split, blend in parts.items():
+        blend = blend.split() if isinstance(blend, str) else [] if blend is None else blend
+        if not isinstance(blend, list) or not all(isinstance(word, str | int | float) for word in blend):
+            raise BadValue(f"{split} must be a list of prefixes, or of weights and prefixes", _SPLITS)
+        found |= {f"{split}_data_path": [str(word) for word in blend]} if blend else {}
+    return found
 
 
 def recompute_activations(words: list[str], read: ReadWord) -> Settings:
     """The short name of selective recomputation."""
+    _no_value(words)
     return {"recompute_granularity": ["selective"]}
 
 
 def checkpoint_activations(words: list[str], read: ReadWord) -> Settings:
     """The old name of full recomputation."""
+    _no_value(words)
     return {"recompute_granularity": ["full"]}
 
 
 def moe_layer_recompute(words: list[str], read: ReadWord) -> Settings:
     """The old name of recomputing the experts; full recomputation has them already."""
+    _no_value(words)
     if read("recompute_granularity") == "full":
         return {}
     return {"recompute_granularity": ["selective"], "recompute_modules": ["moe"]}
@@ -200,9 +215,9 @@ LATE: Mapping[str, Callable[[float, Mapping[str, Any], int], tuple[str, Any]]] =
 WITHOUT_BATCH = ("lr-warmup-fraction", "num-layers-per-virtual-pipeline-stage", "ckpt-step")
 
 
-def in_order(pending: Mapping[str, tuple[str, list[str]]]) -> Iterator[tuple[str, str, list[str]]]:
-    """Name, place and words of each flag to convert, in the order of conversion."""
-    return ((name, *pending[name]) for name in LATE if name in pending)
+def in_order(pending: Mapping[str, T]) -> Iterator[tuple[str, T]]:
+    """The flags to convert, in the order of conversion."""
+    return ((name, pending[name]) for name in LATE if name in pending)
 
 
 def worked_out(
@@ -247,8 +262,14 @@ def _one(words: list[str]) -> str:
     return words[0]
 
 
+def _no_value(words: list[str]) -> None:
+    """Refuse a value after a switch; "false" would not switch it off."""
+    if words not in ([], ["true"]):
+        raise BadValue("takes no value", "write the flag without a value, or leave it out")
+
+
 def _text(path: str) -> str:
     try:
-        return Path(expanded(path)).read_text(encoding="utf-8")
+        return text_of(expanded(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise BadValue(f"cannot be read ({error})", "name an existing text file") from error
+        raise BadValue(f"cannot be read ({reason_of(error)})", "name an existing text file") from error

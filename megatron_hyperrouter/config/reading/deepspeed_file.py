@@ -44,6 +44,11 @@ KNOWN: Mapping[str, frozenset[str]] = MappingProxyType(
         ),
     }
 )
+SECTIONS = tuple(
+    """activation_checkpointing aio autotuning bf16 checkpoint comet comms_logger compile csv_monitor
+    data_efficiency data_types expert_parallel flops_profiler fp16 hybrid_engine pipeline tensor_parallel
+    tensorboard timers torch_autocast wandb weight_quantization zero_optimization""".split()
+)
 
 
 def load_document(path: str) -> dict[str, Any]:

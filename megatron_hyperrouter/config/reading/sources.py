@@ -73,8 +73,10 @@ def read_flags(argv: Sequence[str]) -> CommandLine:
             words.append(word)
     for name in LAUNCHER_FLAGS:
         line.pop(name)
-    if json_file := line.pop("--deepspeed"):  # DeepSpeed's own spelling: a switch, or transformers' file
-        line.flags.setdefault("--deepspeed-config", json_file)
+    json_file = line.pop("--deepspeed")  # DeepSpeed's own spelling: a switch, or transformers' file
+    if json_file and line.flags.setdefault("--deepspeed-config", json_file) != json_file:
+        rule, remedy = "names another file than --deepspeed-config", "keep one of the two flags"
+        line.problems.append(Problem("--deepspeed", " ".join(json_file), rule, remedy))
     return line
 
 

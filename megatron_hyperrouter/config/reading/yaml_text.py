@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,19 @@ def why_not(error: OSError | ValueError) -> str:
 
 
 def text_of(path: str) -> str:
-    """The UTF-8 text of a file of settings.  OSError if it cannot be read or is too large."""
+    """The UTF-8 text of a file of settings.  OSError if it cannot be read or is too large.
+
+    A command reads its settings more than once, but a pipe, as in ``--config <(...)``, can be read only once.
+    """
+    return _read(path) if Path(path).is_file() else _read_once(path)
+
+
+@lru_cache(maxsize=16)
+def _read_once(path: str) -> str:
+    return _read(path)
+
+
+def _read(path: str) -> str:
     with Path(path).open("rb") as stream:
         content = stream.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_hyperrouter.config.derived import accumulation_steps, data_parallel_size, global_batch_size
 from megatron_hyperrouter.config.leaves import flag
-from megatron_hyperrouter.config.reading.deepspeed_file import KNOWN, load_document
+from megatron_hyperrouter.config.reading.deepspeed_file import KNOWN, SECTIONS, load_document
 from megatron_hyperrouter.config.reading.values import nearest
 from megatron_hyperrouter.config.rules.base import Rule, broken
 from megatron_hyperrouter.config.tree import RunConfig
@@ -49,6 +49,7 @@ def deepspeed_json(config: RunConfig, world_size: int | None) -> Iterator[Proble
         if key in document:
             remedy = "remove this key and use flags such as --lr, or set its values to auto"
             yield Problem(f"{key} in {path}", json.dumps(document[key]), "is controlled by flags", remedy)
+    yield from _sections(document, path)
     yield from _unknown_keys(document, path)
     for key, expected, name in expectations(config, world_size):
         value = at(document, key)
@@ -73,6 +74,16 @@ def deepspeed_json(config: RunConfig, world_size: int | None) -> Iterator[Proble
     ):
         name = f"zero_optimization.contiguous_gradients in {path}"
         yield Problem(name, "false", "computes wrong gradients with expert parallelism", "remove this key")
+
+
+def _sections(document: dict[str, Any], path: str) -> Iterator[Problem]:
+    """DeepSpeed stops if a section is no object, and ignores bfloat16 if bf16 is there, as it always is."""
+    for key in SECTIONS:
+        if not isinstance(value := document.get(key, {}), dict):
+            yield Problem(f"{key} in {path}", json.dumps(value), "must be a JSON object", "remove this key")
+    if "bfloat16" in document:
+        rule, remedy = "is ignored by DeepSpeed, because this program sets bf16", "rename this key to bf16"
+        yield Problem(f"bfloat16 in {path}", json.dumps(document["bfloat16"]), rule, remedy)
 
 
 def _unknown_keys(document: dict[str, Any], path: str) -> Iterator[Problem]:

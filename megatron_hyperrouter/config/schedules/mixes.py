@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -42,7 +43,7 @@ def scheduled(data: DataConfig) -> tuple[Mix, ...]:
     """
     given = str(data.data_schedule)
     try:
-        entries = parse_yaml(given) if is_inline(given) else load_yaml(given)
+        entries = _listed(given) if is_inline(given) else load_yaml(given)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot be read: {reason}") from error
@@ -56,6 +57,19 @@ def scheduled(data: DataConfig) -> tuple[Mix, ...]:
     if any(later <= earlier for earlier, later in pairwise(steps)):
         raise ValueError(f"must have increasing from_step values, not {', '.join(map(str, steps))}")
     return mixes
+
+
+def inline(mixes: Sequence[Mix]) -> str:
+    """The list itself, as a run's ``config.yaml`` contains it."""
+    return json.dumps([{"from_step": step, "data_path": list(path)} for step, path in mixes])
+
+
+def _listed(schedule: str) -> Any:
+    """The list in JSON or YAML.  JSON comes first: YAML reads its ``\\ud83d\\ude00`` as two characters."""
+    try:
+        return json.loads(schedule)
+    except (ValueError, RecursionError):
+        return parse_yaml(schedule)
 
 
 def is_inline(schedule: str) -> bool:

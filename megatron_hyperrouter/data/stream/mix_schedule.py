@@ -10,12 +10,11 @@ The flag also takes such a list itself, which is how ``config.yaml`` of a run ke
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_hyperrouter.config.schedules.mixes import SCHEDULE_REMEDY, Mix, is_inline, scheduled
+from megatron_hyperrouter.config.schedules.mixes import SCHEDULE_REMEDY, Mix, inline, is_inline, scheduled
 from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data.order.blend import parse_blend
 from megatron_hyperrouter.data.stream.stores import MOCK
@@ -52,9 +51,7 @@ def settled(data: DataConfig, mixes: Sequence[Mix]) -> DataConfig:
     """
     if data.data_schedule is None:
         return data
-    data = replace(
-        data, data_schedule=json.dumps([{"from_step": step, "data_path": list(path)} for step, path in mixes])
-    )
+    data = replace(data, data_schedule=inline(mixes))
     if data.data_path or data.train_data_path:
         return data
     own = data.valid_data_path or data.test_data_path

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.checkpoint.description import places
+from megatron_hyperrouter.config.schedules.mixes import inline, scheduled
 from megatron_hyperrouter.data.store.token_files import IndexedDataset
 from megatron_hyperrouter.data.stream.file_identity import identity, same
 
@@ -25,8 +27,10 @@ def with_found_data(config: RunConfig, start: Start) -> RunConfig:
     if start.folder is None or not start.step:
         return config
     meta, run_dir = start.manifest["meta"], start.folder.absolute().parent.parent
+    mixes = () if config.data.data_schedule is None else scheduled(config.data)
+    blends = [*(getattr(config.data, name) for name in _PATHS), *(path for _, path in mixes)]
     found = dict[str, str]()
-    for word in dict.fromkeys(word for name in _PATHS for word in getattr(config.data, name)):
+    for word in dict.fromkeys(word for words in blends for word in words):
         known = meta.get("files", {}).get(word)
         if known is None or _is_there(word):
             continue
@@ -37,10 +41,14 @@ def with_found_data(config: RunConfig, start: Start) -> RunConfig:
             console.note(f"{word} does not exist; using {place}, the same file at another place")
     if not found:
         return config
-    paths: dict[str, Any] = {
-        name: tuple(found.get(word, word) for word in getattr(config.data, name)) for name in _PATHS
-    }
-    return replace(config, data=replace(config.data, **paths))
+
+    def now(words: Sequence[str]) -> tuple[str, ...]:
+        return tuple(found.get(word, word) for word in words)
+
+    changes: dict[str, Any] = {name: now(getattr(config.data, name)) for name in _PATHS}
+    if mixes:
+        changes["data_schedule"] = inline([(step, now(path)) for step, path in mixes])
+    return replace(config, data=replace(config.data, **changes))
 
 
 def _is_there(prefix: str) -> bool:
