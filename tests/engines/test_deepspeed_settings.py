@@ -5,9 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from megatron_hyperrouter.config.cli import replace_leaves
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.engines.deepspeed.settings import LARGEST_BUCKET, deepspeed_settings, zero_stage
+from megatron_hyperrouter.engines.deepspeed.settings import (
+    LARGEST_BUCKET,
+    deepspeed_settings,
+    refusals,
+    zero_stage,
+)
+from megatron_hyperrouter.errors import ConfigError
 
 
 def test_without_zero_deepspeed_never_clips(tmp_path: Path) -> None:
@@ -42,3 +50,14 @@ def test_zero_2_overlaps_its_communication() -> None:
     for stage in (0, 1, 2):
         settings = deepspeed_settings(replace_leaves(RunConfig(), zero_stage=stage), data_parallel_size=1)
         assert settings["zero_optimization"].get("overlap_comm", False) == (stage == 2)
+
+
+def test_a_value_that_deepspeed_refuses_is_a_problem_of_the_users_file() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    with pytest.raises(ConfigError) as caught, refusals("ds.json"):
+        DeepSpeedZeroConfig(reduce_bucket_size="5e8", stage=1)
+    assert 'reduce_bucket_size in ds.json = "5e8": is refused by DeepSpeed: ' in str(caught.value)
+    for path, error in ((None, "stage"), ("ds.json", "of ours")):
+        with pytest.raises(ValueError, match=error), refusals(path):
+            raise ValueError(error)

@@ -15,7 +15,7 @@ from torch import nn
 from megatron_hyperrouter.engines.deepspeed import host_state, model, tensor
 from megatron_hyperrouter.engines.deepspeed.groups import join, leave
 from megatron_hyperrouter.engines.deepspeed.optimizer import Clipper, adamw
-from megatron_hyperrouter.engines.deepspeed.settings import deepspeed_settings, zero_stage
+from megatron_hyperrouter.engines.deepspeed.settings import deepspeed_settings, refusals, zero_stage
 from megatron_hyperrouter.engines.routing import draw_by_name
 from megatron_hyperrouter.engines.saved.pieces import Holding
 from megatron_hyperrouter.engines.shared import SharedEngine
@@ -89,7 +89,8 @@ class DeepSpeedEngine(SharedEngine):
             tensor.sum_partial_gradients(self.named_parameters(), latent=latent)
         # A PipelineModule brings its own topology.
         mpu = tensor.ModelParallelUnit() if spread and self.stages == 1 else None
-        host, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=settings, mpu=mpu)
+        with refusals(self.config.engine.deepspeed_config):
+            host, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=settings, mpu=mpu)
         if self._zero_stage == 0 and self.place.world_size == 1:
             host.enable_backward_allreduce = False  # it would copy each gradient twice and sum nothing
         return host

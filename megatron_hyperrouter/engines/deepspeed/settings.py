@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_hyperrouter.config.derived import stacks_experts
 from megatron_hyperrouter.config.reading.deepspeed_file import load_document
 from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.errors import ConfigError, Problem
 
 LARGEST_BUCKET = 500_000_000  # DeepSpeed's default: 2 GB of float32 on every rank, whatever the model
 _BUCKET_OF_A_RANK = 1 << 20
@@ -72,6 +76,28 @@ def deepspeed_settings(
             theirs.pop("gradient_clipping", None)
         return merged(made, theirs)
     return made
+
+
+@contextlib.contextmanager
+def refusals(path: str | None) -> Iterator[None]:
+    """ConfigError if DeepSpeed refuses values of the user's ``--deepspeed-config`` in this context."""
+    try:
+        yield
+    except ValueError as error:
+        found = getattr(error, "errors", None)  # of pydantic's ValidationError
+        if path is None or found is None:
+            raise
+        raise ConfigError(
+            [
+                Problem(
+                    f"{'.'.join(map(str, each['loc']))} in {path}",
+                    json.dumps(each["input"], default=str),
+                    f"is refused by DeepSpeed: {each['msg']}",
+                    "correct or remove this key",
+                )
+                for each in found()
+            ]
+        ) from error
 
 
 def _zero(stage: int, bucket: int) -> dict[str, Any]:
