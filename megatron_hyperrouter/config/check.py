@@ -104,6 +104,11 @@ def _about_training(config: RunConfig) -> Iterator[str]:
             f"{checkpoint.save_interval} is greater than "
             f"--train-iters = {train.train_iters}"
         )
+    if config.logging.profile and config.logging.profile_step_start >= train.train_iters:
+        yield (
+            f"--profile writes no trace: --profile-step-start = {config.logging.profile_step_start} is not "
+            f"less than --train-iters = {train.train_iters}"
+        )
     if (config.topk.topk_schedule_steps or 0) > train.train_iters:
         yield (
             f"the number of active experts (k) does not reach {model.moe_router_topk}: "
@@ -149,8 +154,10 @@ def _about_ignored(config: RunConfig) -> Iterator[str]:
         yield f"--vocab-size is ignored: {kind} has a fixed vocabulary size"
     if config.data.eod_token is not None and kind in ("ByteTokenizer", "NullTokenizer"):
         yield f"--eod-token is ignored: {kind} has a fixed end-of-document token"
-    if config.optimizer.lr_wsd_decay_iters is not None and config.optimizer.lr_decay_style != "WSD":
-        yield f"--lr-wsd-decay-iters is ignored: --lr-decay-style is {config.optimizer.lr_decay_style}"
+    for name in ("lr_wsd_decay_iters", "lr_wsd_decay_style"):
+        leaf, style = tree_leaves()[name], config.optimizer.lr_decay_style
+        if getattr(config.optimizer, name) != leaf.default and style != "WSD":
+            yield f"{leaf.flag} is ignored: --lr-decay-style is {style}"
     if config.optimizer.lr_decay_style == "constant" and (
         config.optimizer.min_lr or config.optimizer.lr_decay_iters
     ):

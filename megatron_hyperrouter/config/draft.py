@@ -203,6 +203,9 @@ class Draft:
                 return  # one flag of Megatron-LM may become several options
             rule = f"is not an option of router {router}; it is an option of {', '.join(owners)}"
             remedy = f"leave it out, or use --router.name {owners[0]}"
+        elif name in off:
+            self.unsure.add(off[name])
+            remedy = f"write {off[name].removeprefix(ROUTER_PREFIX)}: false"
         elif name in foreign.REMEDIES:
             remedy = foreign.REMEDIES[name]
         elif ours := foreign.OURS.get(name):

@@ -91,6 +91,8 @@ def test_a_tree_without_a_registry_can_be_checked():
         ({"tokenizer_model": "t.json"}, "--tokenizer-model is ignored"),
         ({"vocab_size": 9}, "--vocab-size is ignored"),
         ({"lr_wsd_decay_iters": 9}, "--lr-wsd-decay-iters is ignored"),
+        ({"lr_wsd_decay_style": "linear"}, "--lr-wsd-decay-style is ignored"),
+        ({"profile": True, "train_iters": 10, "eval_interval": 0}, "--profile writes no trace"),
         ({"lr_decay_style": "constant", "min_lr": 1e-9}, "--lr-decay-style is constant"),
     ],
 )

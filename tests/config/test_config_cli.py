@@ -91,6 +91,11 @@ class TestPrecedence:
         assert parse(["--config", path], routers=routers).router.options.bias is True
         assert parse(["--config", path, "--router.no-bias"], routers=routers).router.options.bias is False
 
+    def test_a_key_that_switches_off_is_another_value(self, routers, write):
+        path = write("data_path: a\nno_bf16: true\nrouter: {name: hyper, no_bias: true}\n")
+        found = problems_of(routers, "--config", path)
+        assert [problem.remedy for problem in found] == ["write bf16: false", "write bias: false"]
+
     def test_the_launchers_flag_is_ignored(self, routers):
         for first in (["--local_rank=1"], ["--local-rank", "1"], ["--local_rank", "0"]):
             assert parse([*first, *DATA], routers=routers) == parse(DATA, routers=routers)

@@ -287,6 +287,8 @@ class TestArithmetic:
             ("--train-samples -3", "must be a finite number >= 0"),
             ("--lr-warmup-fraction 2", "at most 1"),
             ("--train-samples 1 2", "takes one value"),
+            ("--load r --ckpt-step 1.5", "must be an integer"),
+            ("--num-layers-per-virtual-pipeline-stage 1.5", "must be an integer"),
         ],
     )
     def test_what_cannot_be_worked_out(self, all_routers, argv, rule):

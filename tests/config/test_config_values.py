@@ -45,12 +45,12 @@ def test_good_values(name, raw, value):
 @pytest.mark.parametrize(
     ("name", "raw", "rule"),
     [
-        ("num_layers", "yes", "an integer >= 1"),
-        ("num_layers", True, "an integer >= 1"),  # True == 1 in Python
-        ("num_layers", "2.5", "an integer >= 1"),
-        ("num_layers", 0, "an integer >= 1"),
-        ("num_layers", None, "an integer >= 1"),
-        ("num_layers", [1], "an integer >= 1"),
+        ("hidden_size", "yes", "an integer >= 1"),
+        ("hidden_size", True, "an integer >= 1"),  # True == 1 in Python
+        ("hidden_size", "2.5", "an integer >= 1"),
+        ("hidden_size", 0, "an integer >= 1"),
+        ("hidden_size", None, "an integer >= 1"),
+        ("hidden_size", [1], "an integer >= 1"),
         ("zero_stage", "4", "an integer >= 0 and <= 3"),
         ("lr", "nan", "a number >= 0"),
         ("lr", float("inf"), "a number >= 0"),

@@ -182,7 +182,7 @@ def settings_of(path: str, words: Sequence[str]) -> tuple[RunConfig, Sequence[st
         ROUTERS, replace(file, values=values), flags=line.flags, problems=line.problems, overrides=overrides
     )
     config = draft.finish(world_size=None)
-    in_file = draft.written | (set(layout) & set(file.values))
+    in_file = {*draft.written} | (set(layout) & set(file.values))
     return config, (config.engine.engine,) if chosen else ENGINES, in_file
 
 

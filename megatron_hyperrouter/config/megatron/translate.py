@@ -178,6 +178,7 @@ def lr_warmup_fraction(share: float, values: Mapping[str, Any], batch: int) -> t
 
 def layers_per_chunk(count: float, values: Mapping[str, Any], batch: int) -> tuple[str, int | None]:
     """Layers of a stage / layers of a chunk; one stage has nothing to interleave."""
+    chunk = _whole(count)
     stages = int(values["pipeline_model_parallel_size"])
     layers = int(values["num_layers"])
     if stages == 1:
@@ -185,10 +186,10 @@ def layers_per_chunk(count: float, values: Mapping[str, Any], batch: int) -> tup
     if values["decoder_first_pipeline_num_layers"] or values["decoder_last_pipeline_num_layers"]:
         rule = "cannot be combined with pipeline stages of different sizes"
         raise BadValue(rule, "use --num-virtual-stages-per-pipeline-rank instead")
-    if not count or layers % (stages * int(count)):
+    if not chunk or layers % (stages * chunk):
         rule = f"must divide the number of layers in a pipeline stage ({layers} layers, {stages} stages)"
         raise BadValue(rule, "use --virtual-pipeline-model-parallel-size instead")
-    return "virtual_pipeline_model_parallel_size", layers // stages // int(count)
+    return "virtual_pipeline_model_parallel_size", layers // stages // chunk
 
 
 def ckpt_step(step: float, values: Mapping[str, Any], batch: int) -> tuple[str, str]:
@@ -197,7 +198,7 @@ def ckpt_step(step: float, values: Mapping[str, Any], batch: int) -> tuple[str, 
         raise BadValue("needs --load", "add --load with the run folder")
     folder = Path(values["load"])
     inner = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    return "load", str(inner / f"step_{int(step):07d}")
+    return "load", str(inner / f"step_{_whole(step):07d}")
 
 
 # In the order in which they are worked out.
@@ -254,6 +255,12 @@ def _number(words: list[str]) -> float:
     if not 0 <= value < float("inf"):
         raise BadValue("must be a finite number >= 0", "give a number")
     return value
+
+
+def _whole(number: float) -> int:
+    if number != int(number):
+        raise BadValue("must be an integer", "give an integer")
+    return int(number)
 
 
 def _one(words: list[str]) -> str:
