@@ -102,6 +102,21 @@ def check_output(path: Path, flag: str = "--output") -> None:
         raise ConfigError([Problem(flag, path, reason, "name a file that you can write")])
 
 
+def check_folder(path: Path, flag: str = "--output") -> None:
+    """ConfigError if the folder cannot be created, or no file in it; nothing is created yet."""
+    try:
+        nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+        reason = "" if nearest.is_dir() else f"{'is' if nearest == path else f'{nearest} is'} not a folder"
+        if not reason:
+            trial = _unfinished(nearest / "trial")
+            open_new(trial).close()
+            trial.unlink()
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror or error}"
+    if reason:
+        raise ConfigError([Problem(flag, path, reason, "name a folder that you can write")])
+
+
 @contextlib.contextmanager
 def unfinished_folder(output: Path) -> Iterator[Path]:
     """A folder under a temporary name, for :func:`publish`; what is left of it at the end is removed."""

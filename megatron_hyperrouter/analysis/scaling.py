@@ -69,7 +69,7 @@ class ScalingFit:
 
     def best_size(self, flops: float) -> tuple[float, float, float]:
         """The N of the lowest loss for a budget of C = 6 N D, and its interval (nan without resamples): where
-        alpha A / N^alpha = beta B / D^beta.  Needs both terms.
+        alpha A / N^alpha = beta B / D^beta, but N and D are at least 1.  Needs both terms.
         """
         best = _best_size(self.parameters, flops)
         if not self.resampled:
@@ -290,7 +290,9 @@ def _optimal_n(parameters: Mapping[str, float]) -> float:
 def _best_size(row: Mapping[str, float], flops: float) -> float:
     alpha, beta = row["alpha"], row["beta"]
     log_ratio = math.log(alpha * row["A"]) - math.log(beta * row["B"])
-    return math.exp((log_ratio + beta * math.log(flops / 6)) / (alpha + beta))
+    log_most = math.log(flops / 6)  # with D = 1
+    best = (log_ratio + beta * log_most) / (alpha + beta)
+    return math.exp(min(max(best, 0.0), log_most))  # small exponents lead beyond all limits
 
 
 def _at_bounds(named: Mapping[str, float], least_loss: float) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -41,6 +43,16 @@ class ModelSize:
         it.
         """
         return 6 * self.active(topk) + self.attention
+
+    def training_flops(self, steps: Sequence[Mapping[str, Any]]) -> int:
+        """Work of a whole training; ``steps``: the records of its metrics.  The tokens and the k of a step
+        can change during training.
+        """
+        tokens = [0, *(record["consumed_tokens"] for record in steps)]
+        return sum(
+            (after - before) * self.flops(record["topk"])
+            for (before, after), record in zip(pairwise(tokens), steps, strict=True)
+        )
 
 
 def size_of(config: RunConfig, shapes: Mapping[str, Sequence[int]]) -> ModelSize:

@@ -33,8 +33,10 @@ from megatron_hyperrouter.studies.runs import (
     StudyRun,
     digest_of,
     file_values,
+    filling,
     is_trained,
     on_ranks,
+    read_record,
     run_all,
     training,
 )
@@ -105,11 +107,12 @@ def main(arguments: Sequence[str]) -> None:
     left = without_strangers(plans)
     for reason in obstacles(plans, args):
         note(f"note: the study will not fit a curve, because {reason}")
-    if args.dry_run:
-        submit([(plan, plan.ranks) for plan in left if not is_trained(plan)], args.gpus_per_node)
-        return
-    run_all([plan for plan in left if not args.collect or is_trained(plan)], args.jobs, ranks=args.ranks)
-    write_results([(plan, results_of(plan)) for plan in check_collected(plans)], args)
+    with filling(args.output):
+        if args.dry_run:
+            submit([(plan, plan.ranks) for plan in left if not is_trained(plan)], args.gpus_per_node)
+            return
+        run_all([plan for plan in left if not args.collect or is_trained(plan)], args.jobs, ranks=args.ranks)
+        write_results([(plan, results_of(plan)) for plan in check_collected(plans)], args)
 
 
 def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
@@ -223,8 +226,16 @@ def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trained]:
                 )
             ]
         )
+    points = [
+        {name: value_of(config, name) for name in point}
+        for point, config in zip(chosen, configs, strict=True)
+    ]
+    if same := [label for number, label in enumerate(labels) if points.count(points[number]) > 1]:
+        raise ConfigError(
+            [_bad("--axis", ", ".join(same), "would be the same model", "give each model different values")]
+        )
     for number in range(args.seeds):
-        for label, point, config in zip(labels, chosen, configs, strict=True):
+        for label, point, config in zip(labels, points, configs, strict=True):
             seed = config.train.seed + number
             folder = args.output / "runs" / f"{label}-seed{seed}"
             scored = {
@@ -233,9 +244,8 @@ def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trained]:
                 "iters": args.score_iters,
             }
             task = {"settings": digest_of(replace_leaves(config, seed=seed), scored), **scored}
-            typed = {name: value_of(config, name) for name in point}
             yield Trained(
-                folder, replace_leaves(config, seed=seed, run_dir=str(folder)), task, typed, seed, args.ranks
+                folder, replace_leaves(config, seed=seed, run_dir=str(folder)), task, point, seed, args.ranks
             )
 
 
@@ -244,6 +254,7 @@ def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]
     from megatron_hyperrouter.errors import ConfigError
 
     axes = read_axes(args.axes)
+    twice = []
     for name, *words in args.axis:
         names = [each.replace("-", "_") for each in name.split(",")]
         rows = [word.split(",") if len(names) > 1 else [word] for word in words]
@@ -258,6 +269,7 @@ def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]
                     )
                 ]
             )
+        twice += names if name in axes else []
         axes[name] = [dict(zip(names, row, strict=True)) for row in rows]
     settings = [name for values in axes.values() for name in (values[0] if values else {})]
     known = {flag.removeprefix("--").replace("-", "_") for flag in line.flags}
@@ -265,7 +277,7 @@ def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]
     if not axes:
         problems.append(_bad("--axis", "", "is missing", "add --axis with a setting and its values"))
     for name, values in axes.items():
-        if len(values) < 2 or any(value.keys() != values[0].keys() for value in values):
+        if len(values) < 2 or not values[0] or any(value.keys() != values[0].keys() for value in values):
             problems.append(
                 _bad(
                     "--axis",
@@ -275,7 +287,7 @@ def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]
                 )
             )
     for name in dict.fromkeys(settings):
-        if settings.count(name) > 1 or name in known:
+        if settings.count(name) > 1 or name in known or name in twice:
             problems.append(
                 _bad("--axis", name, "is set more than once", "set it with only one axis or flag")
             )
@@ -360,18 +372,14 @@ def results_of(plan: Trained) -> dict[str, Any]:
     size = size_of(plan.config, weight_shapes(TrainedRun.open(plan.folder).checkpoint))
     lines = (plan.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [record for record in map(json.loads, lines) if "split" not in record]
-    tokens = [record["consumed_tokens"] for record in steps]
-    each = [after - before for before, after in zip([0, *tokens], tokens, strict=False)]
-    results = json.loads((plan.folder / "results.json").read_text(encoding="utf-8"))["results"]
+    results = read_record(plan.folder / "results.json", "results")["results"]
     return {
         **plan.point,
         "seed": plan.seed,
         "parameters_total": size.total,
         "parameters_active": size.active(plan.config.model.moe_router_topk),
-        "tokens": tokens[-1],
-        "flops": float(
-            sum(count * size.flops(record["topk"]) for count, record in zip(each, steps, strict=True))
-        ),
+        "tokens": steps[-1]["consumed_tokens"],
+        "flops": float(size.training_flops(steps)),
         "seconds": sum(record["step_time"] for record in steps),
         "scores": [row | {"active": size.active(row["topk"]), "total": size.total} for row in results],
     }

@@ -98,10 +98,8 @@ def work(run: TrainedRun, topks: Sequence[int], records: Sequence[dict[str, Any]
     from megatron_hyperrouter.checkpoint.weights import weight_shapes
 
     size = size_of(run.settings, weight_shapes(run.checkpoint))
-    tokens = run.global_batch_size * run.settings.model.seq_length
-    steps = [record for record in records if "split" not in record]
     return {
-        "training": sum(size.flops(record["topk"]) * tokens for record in steps),
+        "training": size.training_flops([record for record in records if "split" not in record]),
         "inference": {str(k): size.flops(k) / 3 for k in topks},
     }
 

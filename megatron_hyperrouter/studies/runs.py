@@ -4,6 +4,8 @@ after an interruption; runs with other settings are never mixed in.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -12,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 from megatron_hyperrouter.config.by_role import names_with
 from megatron_hyperrouter.config.leaves import flag
 from megatron_hyperrouter.config.roles import Role
-from megatron_hyperrouter.files import write_json
+from megatron_hyperrouter.files import check_folder, write_json
 from megatron_hyperrouter.paths import unexpanded
 from megatron_hyperrouter.processes import child_environment
 from megatron_hyperrouter.terminal import Bar, Stopped, note
@@ -78,6 +80,39 @@ def digest_of(config: RunConfig, scored: Mapping[str, Any]) -> str:
     return hashlib.sha256((dump(config) + json.dumps(scored)).encode()).hexdigest()
 
 
+def read_record(path: Path, *names: str) -> dict[str, Any]:
+    """A JSON file of a study, which has the fields ``names``; DataError for a damaged one."""
+    from megatron_hyperrouter.errors import DataError, reason_of
+
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {name: found[name] for name in names} | found
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{path} cannot be read: {reason_of(error)}",
+            remedy="restore the file from a copy, or remove it; then run the same command again",
+        ) from error
+
+
+@contextlib.contextmanager
+def filling(output: Path) -> Iterator[None]:
+    """The folder of a study, for the work in the block; ConfigError if it cannot be written, and
+    HyperRouterError if the disk becomes full.
+    """
+    from megatron_hyperrouter.errors import HyperRouterError
+
+    check_folder(output)
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise HyperRouterError(
+            f"{output} cannot be written: {error.strerror}",
+            remedy="free up space on that disk, then run the same command again",
+        ) from error
+
+
 def check_finished(plans: Sequence[StudyRun]) -> None:
     """A table must not mix settings; raises ConfigError that names the runs that were made with others."""
     from megatron_hyperrouter.errors import ConfigError, Problem
@@ -85,10 +120,7 @@ def check_finished(plans: Sequence[StudyRun]) -> None:
     problems = []
     for plan in plans:
         started = plan.folder / "task.json"
-        if (
-            started.exists()
-            and json.loads(started.read_text(encoding="utf-8"))["settings"] != plan.task["settings"]
-        ):
+        if started.exists() and read_record(started, "settings")["settings"] != plan.task["settings"]:
             problems.append(
                 Problem(
                     "--output",
@@ -237,9 +269,11 @@ def _next_stage(run: _Started, env: Mapping[str, str]) -> None:
 
 
 def _check_status(run: _Started) -> None:
-    """RuntimeError, with the end of its log, for a run that failed, or whose training was stopped from
+    """HyperRouterError, with the end of its log, for a run that failed, or whose training was stopped from
     outside.
     """
+    from megatron_hyperrouter.errors import HyperRouterError
+
     if run.process is None:
         return
     status = run.process.returncode
@@ -248,7 +282,12 @@ def _check_status(run: _Started) -> None:
         run.log.flush()
         tail = Path(run.log.name).read_text(encoding="utf-8", errors="replace")[-3000:]
         how = "was stopped before its last step" if stopped else f"ended with exit status {status}"
-        raise RuntimeError(f"{run.plan.folder}: {run.what} {how}\n--- end of the log of this run\n{tail}")
+        raise HyperRouterError(
+            f"{run.plan.folder}: {run.what} {how}\n--- end of the log of this run\n{tail.rstrip()}\n---",
+            remedy="run the same command again to continue"
+            if stopped
+            else "correct what this log reports, then run the same command again",
+        )
 
 
 def _stop(running: Sequence[_Started]) -> None:

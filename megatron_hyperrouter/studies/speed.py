@@ -31,7 +31,9 @@ from megatron_hyperrouter.studies.runs import (
     check_finished,
     digest_of,
     file_values,
+    filling,
     is_trained,
+    read_record,
     run_all,
     training,
 )
@@ -94,6 +96,12 @@ def main(arguments: Sequence[str]) -> None:
         check_start(max(row.ranks for row in rows if row.config))
     plans = list(plans_of(rows, args))
     check_finished(plans)
+    with filling(args.output):
+        finish(plans, rows, args)
+
+
+def finish(plans: Sequence[Timed], rows: Sequence[TimedLayout], args: Namespace) -> None:
+    """What is left to run, then the table and the plot."""
     for plan in plans:
         settle(plan, args.warmup)
     left = [plan for plan in plans if not plan.finished]
@@ -334,7 +342,7 @@ def settle(plan: Timed, warmup: int) -> None:
     told = measures(
         [record for record in map(json.loads, lines) if "split" not in record][warmup:], plan.row.ranks
     )
-    started = json.loads((plan.folder / "task.json").read_text(encoding="utf-8"))["started"]
+    started = read_record(plan.folder / "task.json", "started")["started"]
     write_json(plan.folder / "results.json", {**told, "started": started})
     shutil.rmtree(plan.folder / "checkpoints")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.studies.conclusions.calibrated import NAME as CALIBRATION
 from megatron_hyperrouter.studies.conclusions.calibrated import write_calibration_of
+from megatron_hyperrouter.studies.runs import read_record
 from megatron_hyperrouter.studies.tables import finish, if_matplotlib, markdown_table, with_half, write_csv
 from megatron_hyperrouter.terminal import counted, show
 
@@ -34,7 +34,7 @@ def write_results(plans: Sequence[Timed], refused: Sequence[TimedLayout], args: 
     runs: dict[RanksAndLayout, dict[int, dict[str, float]]] = {}
     started = set()
     for plan in sorted(plans, key=lambda plan: (plan.row.ranks, plan.number)):
-        told = json.loads((plan.folder / "results.json").read_text(encoding="utf-8"))
+        told = read_record(plan.folder / "results.json", "started")
         started.add(told.pop("started"))
         runs.setdefault((plan.row.ranks, plan.row.layout), {})[plan.number] = told
     add_efficiency(runs)

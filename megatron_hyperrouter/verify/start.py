@@ -16,7 +16,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from megatron_hyperrouter.errors import HyperRouterError
+from megatron_hyperrouter.files import check_folder
 from megatron_hyperrouter.processes import child_environment
+from megatron_hyperrouter.terminal import counted
 from megatron_hyperrouter.verify.rank import World, run_cases
 
 if TYPE_CHECKING:
@@ -77,25 +80,31 @@ class Here:
                             command, env=own, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
                         )
                     )
-            _wait(processes, time.monotonic() + self.timeout)
+            codes = _wait(processes, time.monotonic() + self.timeout)
         finally:
             for process in processes:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-        codes = [process.returncode for process in processes]
-        if any(codes):
-            # A rank that was left alone fails as well, but later: it says less than the one that fell first
-            guilty = next((rank for rank, code in enumerate(codes) if code > 0), 0)
-            tail = (self.folder / f"log-{ranks}-{guilty}").read_text(encoding="utf-8", errors="replace")[
-                -3000:
-            ]
-            raise RuntimeError(
-                f"a run on {ranks} ranks failed; exit statuses of the ranks: {codes}\n"
-                f"--- end of the log of rank {guilty}\n{tail}"
-            )
+        if any(code != 0 for code in codes):
+            raise self._failure(codes)
         told: list[dict[str, Any]] = json.loads(answer.read_text(encoding="utf-8"))
         return told
+
+    def _failure(self, codes: Sequence[int | None]) -> HyperRouterError:
+        """``codes``: exit statuses when the first rank failed or the time was over; None: still running."""
+        # A rank that was left alone fails as well, but later: it says less than the one that fell first
+        guilty = next((rank for rank, code in enumerate(codes) if code), None)
+        runs = f"a run on {counted(len(codes), 'rank')}"
+        if guilty is None:
+            guilty = codes.index(None)
+            message, remedy = f"{runs} did not end within {self.timeout:g} s", "give a larger --timeout"
+        else:
+            message = f"{runs} failed: rank {guilty} ended with exit status {codes[guilty]}"
+            remedy = "correct what this log reports, then run the same command again"
+        log = self.folder / f"log-{len(codes)}-{guilty}"
+        tail = log.read_text(encoding="utf-8", errors="replace")[-3000:].rstrip()
+        return HyperRouterError(f"{message}\n--- end of the log of rank {guilty}\n{tail}\n---", remedy=remedy)
 
     def close(self) -> None:
         """Remove what the runs left."""
@@ -156,6 +165,7 @@ class Launched:
 
 def _fresh(folder: Path | None) -> Path:
     if folder is not None:
+        check_folder(folder, "--folder")
         folder.mkdir(parents=True, exist_ok=True)
     return Path(tempfile.mkdtemp(prefix="verify_layouts-", dir=folder)).resolve()
 
@@ -166,12 +176,12 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], end: float) -> None:
-    """Wait until all have ended, one has failed, or the time is over."""
-    while time.monotonic() < end:
+def _wait(processes: Sequence[subprocess.Popen[bytes]], end: float) -> list[int | None]:
+    """Wait until all have ended, one has failed, or the time is over; returns their exit statuses."""
+    while True:
         codes = [process.poll() for process in processes]
-        if all(code is not None for code in codes) or any(codes):
-            return
+        if all(code is not None for code in codes) or any(codes) or time.monotonic() >= end:
+            return codes
         time.sleep(0.1)
 
 

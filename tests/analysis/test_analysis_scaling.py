@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from megatron_hyperrouter.analysis import scaling
-from megatron_hyperrouter.analysis.scaling import HUBER, fit, objective, obstacle
+from megatron_hyperrouter.analysis.scaling import HUBER, ScalingFit, fit, objective, obstacle
+from megatron_hyperrouter.studies.conclusions.optimal import optimal_text
 
 TRUE = {"E": 1.69, "A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28}  # Hoffmann et al.
 NS, DS = (1e7, 3e7, 1e8, 3e8, 1e9), (2e8, 1e9, 5e9, 2e10)
@@ -209,6 +210,16 @@ def test_losses_that_are_none():
     for bad in (0.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="losses must be finite and greater than 0"):
             fit({"N": [1e5, 1e6, 1e7, 1e8], "D": [1.0] * 4}, [3.0, 2.5, bad, 2.0])
+
+
+def test_small_exponents_lead_no_further_than_one_parameter_or_one_token():
+    flat = {"E": 2.0, "A": 1e-8, "alpha": 1e-3, "B": 1.0, "beta": 1e-3}
+    steep = {"E": 2.0, "A": 1.0, "alpha": 1e-3, "B": 1e-8, "beta": 1e-3}
+    for parameters, best in ((flat, 1.0), (steep, 1e18)):
+        found = ScalingFit(parameters, 9, 9, 0.0, resampled=(flat, steep))
+        middle, low, high = found.best_size(6e18)
+        assert middle == pytest.approx(best) and 1.0 < low < high < 1e18
+        assert "e+18 |" in optimal_text([("all runs", found)], 6e18, "active")
 
 
 def test_best_size_is_the_lowest_point_of_a_grid():

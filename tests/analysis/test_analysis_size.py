@@ -85,6 +85,13 @@ def test_flops_against_those_that_torch_counts():
     assert size.flops(k) * S == 3 * counter.get_total_flops() + 6 * norms * S
 
 
+def test_flops_of_a_training_whose_batch_and_k_grow():
+    size = size_of(config_of("--router.name", "topk"), shapes_of({"weight_ED": (E, D)}))
+    steps = [{"topk": k, "consumed_tokens": tokens} for k, tokens in ((1, 8), (1, 24), (2, 64))]
+    assert size.training_flops(steps) == 24 * size.flops(1) + 40 * size.flops(2)
+    assert size.training_flops([]) == 0
+
+
 @pytest.mark.parametrize("name", sorted(ROUTERS))
 def test_trained_names_are_those_of_a_real_router(name):
     from megatron_hyperrouter.routers.base import RunFacts

@@ -4,6 +4,7 @@ all of them.
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 from program.settings import TINY
+
+from megatron_hyperrouter.errors import ConfigError, DataError, HyperRouterError
 
 pytestmark = pytest.mark.processes
 
@@ -72,7 +75,8 @@ def test_a_failure_ends_the_others_and_nothing_more_starts(runs: Any, tmp_path: 
         for name, command in (("a", waits), ("b", fails), ("c", waits))
     ]
     with pytest.raises(
-        RuntimeError, match=r"b: scoring ended with exit status 3\n--- end of the log of this run\nno data"
+        HyperRouterError,
+        match=r"b: scoring ended with exit status 3\n--- end of the log of this run\nno data",
     ):
         runs.run_all(plans, 2)
     assert (tmp_path / "a" / "log.txt").read_text() == "saved\n"
@@ -83,14 +87,14 @@ def test_training_that_somebody_has_stopped_is_not_scored(runs: Any, tmp_path: P
     plan = plan_of(
         runs, tmp_path / "a", [("training", ["-c", "pass"]), ("scoring", ["-c", "print('scored')"])]
     )
-    with pytest.raises(RuntimeError, match="a: training was stopped before its last step"):
+    with pytest.raises(HyperRouterError, match="a: training was stopped before its last step"):
         runs.run_all([plan], 1)
     assert (tmp_path / "a" / "log.txt").read_text() == ""
 
 
 def test_training_that_was_asked_to_stop_says_so(runs: Any, tmp_path: Path) -> None:
     plan = plan_of(runs, tmp_path / "a", [("training", ["-c", "raise SystemExit(6)"])])
-    with pytest.raises(RuntimeError, match="a: training was stopped before its last step"):
+    with pytest.raises(HyperRouterError, match="a: training was stopped before its last step"):
         runs.run_all([plan], 1)
 
 
@@ -105,8 +109,6 @@ def test_steps_of_a_run_are_those_of_its_metrics(runs: Any, tmp_path: Path) -> N
 
 def test_runs_of_other_settings_are_strangers(runs: Any, tmp_path: Path) -> None:
     from dataclasses import replace
-
-    from megatron_hyperrouter.errors import ConfigError
 
     plans = [plan_of(runs, tmp_path / name, []) for name in "ab"]
     for plan in plans:
@@ -128,3 +130,28 @@ def test_several_ranks_are_torchrun(runs: Any) -> None:
     patience = float(words[words.index("--shutdown-timeout") + 1])
     assert 0 < patience < runs.SECONDS_TO_SAVE
     assert sys.executable not in words  # run_all puts it in front
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}"])
+def test_damaged_files_of_a_study_are_named(runs: Any, tmp_path: Path, content: str) -> None:
+    plan = plan_of(runs, tmp_path / "a", [])
+    runs.write_plan(plan)
+    (plan.folder / "task.json").write_text(content)
+    with pytest.raises(DataError, match=r"a/task\.json cannot be read: it"):
+        runs.check_finished([plan])
+
+
+def test_a_folder_that_cannot_be_written_and_a_full_disk(runs: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, says in (("file", "is not a folder"), ("file/x/y", "file is not a folder")):
+        with pytest.raises(ConfigError, match=says), runs.filling(tmp_path / path):
+            pass
+    with runs.filling(tmp_path / "new" / "study"):
+        assert not (tmp_path / "new").exists()
+    with (
+        pytest.raises(HyperRouterError, match="study cannot be written: no space"),
+        runs.filling(tmp_path / "study"),
+    ):
+        raise OSError(errno.ENOSPC, "no space")
+    with pytest.raises(BrokenPipeError), runs.filling(tmp_path / "study"):
+        raise BrokenPipeError(errno.EPIPE, "the reader is gone")

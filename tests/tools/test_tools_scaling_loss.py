@@ -336,6 +336,17 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
         "",
         "hidden_size: is set more than once",
     ),
+    "an axis twice, the same settings": (
+        ["--axis", "lr", "1", "2", "--axis", "lr", "3", "4"],
+        "",
+        "lr: is set more than once",
+    ),
+    "the same value in other words": (
+        ["--axis", "lr", "1e-3", "0.001", "2e-3"],
+        "",
+        "lr=1e-3, lr=0.001: would be the same model",
+    ),
+    "values of nothing": (["--axes", "axes.yaml"], "a: [{}, {}]", "must have at least two values"),
     "an axis that is a flag": ([*AXIS, "--hidden-size", "64"], "", "hidden_size: is set more than once"),
     "seeds": (["--axis", "seed", "1", "2"], "", "seed: is set by this command"),
     "a flag of ours": ([*AXIS, "--run-dir", "x"], "", "set by this command"),

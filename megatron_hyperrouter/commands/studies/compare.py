@@ -18,7 +18,6 @@ last checkpoint (--save-interval).
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +39,9 @@ from megatron_hyperrouter.studies.runs import (
     check_finished,
     digest_of,
     file_values,
+    filling,
     is_trained,
+    read_record,
     refuse_flags,
     run_all,
     training,
@@ -97,15 +98,15 @@ def main(arguments: Sequence[str]) -> None:
     plans = list(plans_of(study, args))
     check_finished(plans)
     content = study.content(args)
-    write_study(args.output, content, started=any(plan.finished for plan in plans))
-    run_all([plan for plan in plans if not plan.finished], args.jobs)
-    from megatron_hyperrouter.studies.router_tables import write_tables
+    with filling(args.output):
+        write_study(args.output, content, started=any(plan.finished for plan in plans))
+        run_all([plan for plan in plans if not plan.finished], args.jobs)
+        from megatron_hyperrouter.studies.router_tables import write_tables
 
-    told = [
-        (plan.label, plan.seed, json.loads((plan.folder / "results.json").read_text(encoding="utf-8")))
-        for plan in plans
-    ]
-    write_tables(told, args.output, content)
+        told = [
+            (plan.label, plan.seed, read_record(plan.folder / "results.json", "results")) for plan in plans
+        ]
+        write_tables(told, args.output, content)
 
 
 def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:

@@ -6,7 +6,6 @@ this reason alone.  The control is a random router that is never trained, with l
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.errors import ConfigError, Problem
 from megatron_hyperrouter.files import write_json
+from megatron_hyperrouter.studies.runs import read_record
 from megatron_hyperrouter.studies.verdicts import Named, parse
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def write_study(output: Path, content: Mapping[str, Any], *, started: bool) -> N
     """
     path = output / STUDY
     if path.exists() and started:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_record(path, "comparisons", "jobs")
         if before["comparisons"] != content["comparisons"]:
             rule = (
                 "cannot be changed once a run is finished; this study has "
@@ -112,5 +112,4 @@ def write_study(output: Path, content: Mapping[str, Any], *, started: bool) -> N
             remedy = "give the same comparisons, or another --output folder"
             raise ConfigError([Problem("--comparisons", " ".join(content["comparisons"]), rule, remedy)])
         content = {**content, "jobs": max(content["jobs"], before["jobs"])}
-    output.mkdir(parents=True, exist_ok=True)
     write_json(path, dict(content))

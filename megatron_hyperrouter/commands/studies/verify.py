@@ -19,7 +19,6 @@ needs.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -29,6 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_hyperrouter.files import check_output, write_json
 from megatron_hyperrouter.terminal import parser
 
 if TYPE_CHECKING:
@@ -110,6 +110,8 @@ def main(arguments: Sequence[str]) -> None:
     exact = in_float32(reference)
     starter = starter_for(args, max(row.layout.ranks for row in [reference, *rows] if row.config))
     try:
+        if args.output and starter.is_main:
+            check_output(args.output)
         run_all([reference, *rows, *([exact] if exact else [])], args, starter)
         if starter.is_main:
             judge(rows, reference, exact)
@@ -119,8 +121,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     show(rows, reference)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps([record(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+        write_json(args.output, [record(row) for row in rows])
     if not all(row.ok for row in rows):
         sys.exit(1)
 
@@ -179,6 +180,8 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     args.engines = list(dict.fromkeys(args.engines))
     flags.check_at_least(args, 1, "steps")
     flags.check_at_least(args, 2, "vocab_size")
+    if not args.timeout > 0:
+        flags.refuse("--timeout", f"{args.timeout:g}", "must be greater than 0", "use --timeout 1800")
     return args
 
 
