@@ -46,12 +46,13 @@ class ModelSize:
 
     def training_flops(self, steps: Sequence[Mapping[str, Any]]) -> int:
         """Work of a whole training; ``steps``: the records of its metrics.  The tokens and the k of a step
-        can change during training.
+        can change during training; a step of --skip-steps has no k.
         """
         tokens = [0, *(record["consumed_tokens"] for record in steps)]
         return sum(
             (after - before) * self.flops(record["topk"])
             for (before, after), record in zip(pairwise(tokens), steps, strict=True)
+            if "topk" in record
         )
 
 

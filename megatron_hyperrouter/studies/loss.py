@@ -380,7 +380,7 @@ def results_of(plan: Trained) -> dict[str, Any]:
         "parameters_active": size.active(plan.config.model.moe_router_topk),
         "tokens": steps[-1]["consumed_tokens"],
         "flops": float(size.training_flops(steps)),
-        "seconds": sum(record["step_time"] for record in steps),
+        "seconds": sum(record.get("step_time", 0.0) for record in steps),  # a skipped step has none
         "scores": [row | {"active": size.active(row["topk"]), "total": size.total} for row in results],
     }
 

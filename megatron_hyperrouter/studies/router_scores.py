@@ -106,9 +106,9 @@ def work(run: TrainedRun, topks: Sequence[int], records: Sequence[dict[str, Any]
 
 def told(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Numbers from the metrics of a run: means of its last steps, the median step time (seconds), and
-    curves as [step, value].
+    curves as [step, value].  They leave out skipped steps, which may have no loss.
     """
-    steps = [record for record in records if "split" not in record]
+    steps = [record for record in records if "split" not in record and "skipped" not in record]
     last = steps[-max(round(LAST_SHARE * len(steps)), 1) :]
 
     def mean(name: str) -> float:

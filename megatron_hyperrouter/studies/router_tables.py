@@ -200,17 +200,19 @@ def cell(measure: str, mean: float | None, half: float | None, sign: str = "") -
 
 
 def curves(runs: RunsBySeed, name: str, *, points: int | None = None) -> dict[str, SeedCurve]:
-    """label -> a curve's means and halves over seeds; ``points``: of that many pieces, each the mean of its
-    steps.
+    """label -> a curve's means and halves over seeds, of the steps that all seeds have; ``points``: of that
+    many pieces, each the mean of its steps.
     """
     from megatron_hyperrouter.analysis.intervals import mean_and_half
 
     found: dict[str, SeedCurve] = {}
     for label, seeds in runs.items():
-        thinned = [_pieces(results[name], points) for results in seeds.values()]
-        steps = [step for step, _ in thinned[0]]
-        if not steps:
+        values = [dict(results[name]) for results in seeds.values()]
+        shared = [step for step in values[0] if all(step in each for each in values)]
+        if not shared:
             continue
+        thinned = [_pieces([(step, each[step]) for step in shared], points) for each in values]
+        steps = [step for step, _ in thinned[0]]
         pairs = [mean_and_half([curve[at][1] for curve in thinned]) for at in range(len(steps))]
         found[label] = (steps, [mean for mean, _ in pairs], [half or 0.0 for _, half in pairs])
     return found

@@ -59,7 +59,7 @@ in the same repetition.  The column "data wait" is the fraction of the step time
 batch.  In these runs, k and the learning rate are constant, nothing is evaluated, and the final checkpoint is
 removed.
 """
-QUIET = quiet(Role.SCHEDULE, Role.UPKEEP) | {"rampup_batch_size": None}
+QUIET = quiet(Role.SCHEDULE, Role.UPKEEP) | {"rampup_batch_size": None, "skip_steps": ()}
 OURS = ("--train-iters", *map(flag, QUIET))
 
 

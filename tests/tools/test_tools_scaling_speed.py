@@ -294,6 +294,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         "must be given with --scaling strong",
     ),
     "steps as a flag": (["--ranks", "1", "--train-iters", "4"], "--train-iters: is set by this command"),
+    "skipped steps": (["--ranks", "1", "--skip-steps", "2"], "--skip-steps: is set by this command"),
     "a layout twice": (
         ["--layouts", "ep=2", "--expert-model-parallel-size", "4"],
         "cannot be combined with --layouts",
