@@ -15,6 +15,7 @@ from torch import nn
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.config.tree import LoggingConfig, RunConfig
+from megatron_hyperrouter.errors import reason_of
 from megatron_hyperrouter.model.attention.stopwatch import Stopwatch, stopwatch_of
 
 Item = TypeVar("Item")
@@ -65,21 +66,39 @@ class Profiler:
         self._rank, self._folder = rank, Path(settings.run_dir) / "profile"
         self._asked = settings.profile and rank in settings.profile_ranks
         self._trace: Any = None
+        self._step = 0  # the last one
 
     @contextlib.contextmanager
     def watching(self, step: int) -> Iterator[None]:
         """Profile step ``step``, counted from 1, if it is one of the requested steps."""
+        self._step = step
         if self._asked and self._trace is None and self._start < step <= self._end:
+            self._start = step - 1
             self._trace = torch.profiler.profile()
             self._trace.start()
         yield
         if self._trace is not None and step >= self._end:
             self._write()
 
+    def close(self) -> None:
+        """The run has ended, perhaps before the last step of the trace."""
+        if self._trace is not None:
+            self._end = self._step
+            self._write()
+        elif self._asked and self._step:
+            console.warn(
+                f"--profile wrote no trace: this run took no step from {self._start + 1} to {self._end}; "
+                "change --profile-step-start and --profile-step-end"
+            )
+
     def _write(self) -> None:
-        self._trace.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        trace, self._trace, self._asked = self._trace, None, False
+        trace.stop()
         path = self._folder / f"rank-{self._rank}.json"
-        self._trace.export_chrome_trace(str(path))
-        self._trace, self._asked = None, False
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            trace.export_chrome_trace(str(path))
+        except (OSError, RuntimeError) as error:  # training continues without it
+            console.warn_from_here(f"the trace cannot be written to {path}: {reason_of(error)}")
+            return
         console.note(f"wrote the trace of steps {self._start + 1} to {self._end} to {path}")

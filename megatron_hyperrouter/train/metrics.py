@@ -312,19 +312,21 @@ class MetricsFile:
         """
         self._file.close()
         try:
-            whole = [
-                line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")
-            ]
-            kept = [line for line in whole if _is_kept(line, step)]
-            if len(kept) < len(whole):
-                with self.path.with_name("metrics-earlier.jsonl").open("ab") as earlier:
-                    earlier.writelines(line for line in whole if not _is_kept(line, step))
-                    earlier.flush()
-                    os.fsync(earlier.fileno())
-            files.write_bytes(self.path.resolve(), b"".join(kept), durable=True)  # a link stays a link
+            if self.path.is_file():  # a link may lead to a device, which keeps no lines
+                self._rewrite(step)
             self._file = self.path.open("a")
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def _rewrite(self, step: int) -> None:
+        whole = [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        kept = [line for line in whole if _is_kept(line, step)]
+        if len(kept) < len(whole):
+            with self.path.with_name("metrics-earlier.jsonl").open("ab") as earlier:
+                earlier.writelines(line for line in whole if not _is_kept(line, step))
+                earlier.flush()
+                os.fsync(earlier.fileno())
+        files.write_bytes(self.path.resolve(), b"".join(kept), durable=True)  # a link stays a link
 
     def _unwritable(self, error: OSError) -> HyperRouterError:
         remedy = "free up space on that disk, then continue with --load RUN_DIR"
@@ -332,7 +334,8 @@ class MetricsFile:
 
     def sync(self) -> None:
         """Put the file on disk."""
-        os.fsync(self._file.fileno())
+        if self.path.is_file():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; closing twice does no harm."""

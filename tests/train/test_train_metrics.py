@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_hyperrouter import files
 from megatron_hyperrouter.engines.base import EvalResult, StepResult
 from megatron_hyperrouter.errors import HyperRouterError
 from megatron_hyperrouter.train.metrics import (
@@ -136,6 +137,16 @@ class TestFile:
         path.symlink_to(target)
         file.cut_after(1)
         assert path.is_symlink() and [record["step"] for record in read(target)] == [1]
+
+    def test_a_link_to_a_device_leaves_the_device(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(files, "write_bytes", lambda *_, **__: pytest.fail("it would replace the device"))
+        path.parent.mkdir()
+        path.symlink_to(os.devnull)
+        file = MetricsFile(path)
+        file.cut_after(0)
+        file.append({"step": 1})
+        file.sync()
+        file.close()
 
     def test_a_new_run_cuts_everything(self, path: Path) -> None:
         self.fill(path, steps=range(1, 4)).cut_after(0)

@@ -195,4 +195,5 @@ class DeepSpeedEngine(SharedEngine):
 
     def close(self) -> None:
         """Leave the process groups, except those that existed before this engine."""
+        self.profiler.close()
         leave(keep_world=self._found_world)

@@ -192,6 +192,7 @@ class MegatronEngine(SharedEngine):
 
     def close(self) -> None:
         """Leave the process groups, except those that existed before this engine."""
+        self.profiler.close()
         forget_groups()
         if not self._found_world and dist.is_initialized():
             dist.destroy_process_group()
