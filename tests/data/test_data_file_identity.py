@@ -184,6 +184,22 @@ def test_a_file_that_stands_twice_can_go_on_but_not_change(two: tuple[str, str])
         resumed(words, told, length=5)
 
 
+@pytest.mark.parametrize("kind", ["materialised", "on-demand"])
+@pytest.mark.parametrize("shares", [("0.9", "0.1"), ("0.1", "0.9")])
+def test_a_file_that_stands_twice_with_two_weights_goes_on_and_can_be_prolonged(
+    two: tuple[str, str], shares: tuple[str, str], kind: Any
+) -> None:
+    words = (shares[0], two[0], shares[1], two[0])
+    steps, whole = {"step": 0, "train_iters": 60}, ((0, words),)
+    course = course_of(builder(words, kind=kind), whole, [], batch=2, **steps)
+    told = course.ledger(30)
+    for train_iters in (60, 61):
+        again = course_of(
+            builder(words, kind=kind), whole, told, step=30, train_iters=train_iters, batch=2
+        )
+        assert [again[i].tolist() for i in range(60, 120)] == [course[i].tolist() for i in range(60, 120)]
+
+
 def test_of_two_equal_files_none_is_taken_for_another(tmp_path: Path, capsys: Any) -> None:
     old = tuple(write_corpus(tmp_path / name, SIZES) for name in "ab")
     new = tuple(write_corpus(tmp_path / name, SIZES) for name in "c")

@@ -188,8 +188,8 @@ class Builder:
     eod: int | None = None  # the id that ends a document; needed for packing
     tokenizer: Mapping[str, Any] | None = None  # identity of the tokenizer that the data must have; None: any
     stores: dict[str, IndexedDataset] = field(default_factory=dict)
-    # file -> the number of samples that its last index was made for
-    asked: dict[str, int | None] = field(default_factory=dict)
+    # for how many samples each index was made, in the order of the calls of one()
+    asked: list[int | None] = field(default_factory=list)
 
     def build(self, number: int, num_samples: int | None) -> Dataset | None:
         """Dataset of split ``number``."""
@@ -303,7 +303,7 @@ class Builder:
         """One file, or its part in this split."""
         store, documents = self.open(prefix), self.documents(prefix, number)
         self.check_length(store, documents, number)
-        self.asked[prefix] = num_samples
+        self.asked.append(num_samples)
         if self.data.pack_documents:
             return self.packed(store, documents, num_samples)
         order = self.order(store, documents, num_samples)

@@ -258,15 +258,13 @@ def _planned_for(
     if samples <= last["planned"]:
         return dict(last)
     blend = parse_blend(words, flag="--data-path")
-    entries = {entry["path"]: entry for entry in last["sets"]}
-    lengths = [(entries[prefix]["tokens"] - 1) // builder.seq_length for prefix in blend.prefixes]
+    lengths = [(entry["tokens"] - 1) // builder.seq_length for entry in last["sets"]]
     if blend.weights is None and len(lengths) > 1 and samples > sum(lengths) >= last["planned"]:
         return None  # its shares follow from the length
     asked = builder.samples_of(blend, lengths, samples)
     sets = []
-    for prefix, wanted in zip(blend.prefixes, asked, strict=True):
-        entry = entries[prefix]
-        if prefix not in earlier and not builder.same_order(entry, wanted):
+    for entry, wanted in zip(last["sets"], asked, strict=True):
+        if entry["path"] not in earlier and not builder.same_order(entry, wanted):
             return None
         sets.append({**entry, "asked": wanted})
     return {**last, "planned": samples, "sets": sets}
@@ -373,14 +371,10 @@ def _segment(
     that continues.
     """
     blend, planned = parse_blend(words, flag="--data-path"), samples if last is None else int(last["planned"])
-    recorded = {} if last is None else {entry["path"]: entry for entry in last["sets"]}
-    if not sets and not recorded:  # the order of megatron-core, as of a run that never changes
-        builder.asked.clear()
+    if not sets and last is None:  # the order of megatron-core, as of a run that never changes
         dataset = builder.mixed(blend, 0, samples)
-        return dataset, {
-            "planned": planned,
-            "sets": [_entry(builder, prefix, builder.asked[prefix]) for prefix in blend.prefixes],
-        }
+        built = zip(blend.prefixes, builder.asked[-len(blend.prefixes) :], strict=True)
+        return dataset, {"planned": planned, "sets": [_entry(builder, *each) for each in built]}
     tokens = [
         builder.check_length(builder.open(prefix), builder.documents(prefix, 0), 0)
         for prefix in blend.prefixes
@@ -391,12 +385,13 @@ def _segment(
         shares = normalise(shares)
     mixed = builder.mix(blend, shares, samples) if len(blend.prefixes) > 1 else None
     counts = [samples] if mixed is None else set_counts(mixed[0], len(blend.prefixes))
+    # a file can be in the mix twice, so its entry is found by its place
+    asked = counts if last is None else [entry["asked"] for entry in last["sets"]]
     parts: list[Dataset] = []
     entries = []
-    for prefix, count in zip(blend.prefixes, counts, strict=True):
-        asked = recorded[prefix]["asked"] if prefix in recorded else count
-        entries.append(_entry(builder, prefix, asked))
-        parts.append(_part(builder, prefix, sets.get(prefix), asked=asked, size=count))
+    for prefix, wanted, count in zip(blend.prefixes, asked, counts, strict=True):
+        entries.append(_entry(builder, prefix, wanted))
+        parts.append(_part(builder, prefix, sets.get(prefix), asked=wanted, size=count))
     dataset = parts[0] if mixed is None else BlendedDataset(parts, *mixed)
     return dataset, {"planned": planned, "sets": entries}
 
