@@ -128,11 +128,17 @@ class TrainedRun:
     ) -> DataConfig:
         """The run's data where they are now, or those of ``data_path``: all of them, or the ``split`` that is
         named.  The run's own files are divided as in the run, even at another path. ``whole``: leave out the
-        weights of a blend, which a whole split does not need.
+        weights of a blend, which a whole split does not need.  DataError if the run was imported without data.
         """
+        from megatron_hyperrouter.config.derived import NO_DATA
         from megatron_hyperrouter.evaluate.whereabouts import are_own, data_of, other_data, without_weights
 
         own, meta = self.settings.data, self.manifest["meta"]
+        if data_path is None and own.data_path == (NO_DATA,):
+            raise DataError(
+                "this run was imported and has no data",
+                remedy="give the prefix of token files with --data-path PREFIX",
+            )
         if data_path is None:
             data = data_of(own, meta, self.run_dir)
         else:
@@ -150,21 +156,15 @@ class TrainedRun:
         """A split of the data (the test split by default): its first ``samples``, or all of it; see
         :meth:`data`.
         """
-        from megatron_hyperrouter.config.derived import NO_DATA
         from megatron_hyperrouter.data.stream.dataset import build_splits
 
         name = split or "test"
-        if data_path is None and self.settings.data.data_path == (NO_DATA,):
-            raise DataError(
-                "this run was imported and has no data",
-                remedy="give the prefix of token files with --data-path PREFIX",
-            )
         splits = build_splits(
             self.data(split=split, data_path=data_path, whole=samples is None),
             seq_length=self.settings.model.seq_length,
             seed=self.settings.train.seed,
             vocab_size=tokenizer.vocab_size,
-            eod=self._eod(tokenizer),
+            eod=self.eod(tokenizer),
             tokenizer=tokenizer.identity(),
             train_samples=samples if name == "train" else 0,
             valid_samples=samples if name == "valid" else 0,
@@ -193,7 +193,7 @@ class TrainedRun:
         return engines.open_engine(
             self.settings,
             vocab_size=tokenizer.vocab_size,
-            eod=self._eod(tokenizer),
+            eod=self.eod(tokenizer),
             for_training=for_training,
             classifier=classifier,
         )
@@ -205,7 +205,7 @@ class TrainedRun:
         verify(self.checkpoint, engine)
         engine.load(self.checkpoint, weights_only=True)
 
-    def _eod(self, tokenizer: Tokenizer) -> int | None:
+    def eod(self, tokenizer: Tokenizer) -> int | None:
         """The id that ends a document, where the settings need to know it."""
         from megatron_hyperrouter.config.derived import separates_documents
 

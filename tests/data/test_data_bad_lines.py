@@ -8,14 +8,18 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import zstandard
 from encode_settings import settings
 
 from megatron_hyperrouter.data.store.manifest import read_manifest
 from megatron_hyperrouter.data.text import corpus
+from megatron_hyperrouter.data.tokenize.huggingface import encoding
 from megatron_hyperrouter.data.tokenize.preprocess import preprocess
+from megatron_hyperrouter.data.tokenize.tokenizer import ByteTokenizer
 from megatron_hyperrouter.errors import DataError
 
 GOOD = [json.dumps({"text": f"document {n} " + "lorem ipsum " * 40}) for n in range(60)]
@@ -154,6 +158,57 @@ def test_nothing_is_left_where_nothing_was_saved(tmp_path: Path) -> None:
             [str(tmp_path / "a.jsonl")], str(tmp_path / "p"), settings("ByteTokenizer"), save_seconds=0
         )
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_plain_text_has_no_line_to_skip(tmp_path: Path, policy: str, workers: int) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD[0] + "\n")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9 au lait")
+    inputs, prefix = [str(tmp_path / name) for name in ("a.jsonl", "b.txt")], str(tmp_path / "p")
+    recipe = settings("ByteTokenizer", on_bad_line=policy)
+    with pytest.raises(DataError, match=r"b\.txt, byte 3: the text is not UTF-8") as caught:
+        preprocess(inputs, prefix, recipe, save_seconds=0, workers=workers)
+    assert "--on-bad-line" not in caught.value.remedy
+    (tmp_path / "b.txt").write_bytes(b"cafe au lait")
+    (pair,) = preprocess(inputs, prefix, recipe)
+    assert pair.documents == 2
+
+
+def test_a_text_that_the_tokenizer_refuses_is_found_by_its_lines_and_keeps_what_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode_batch(tokenizer: ByteTokenizer, texts: list[str]) -> list[Any]:
+        with encoding("model", texts[-1]):
+            return [np.array([int(text)], np.int32) for text in texts]
+
+    monkeypatch.setattr(ByteTokenizer, "encode_batch", encode_batch)
+    monkeypatch.setattr(corpus, "BATCH_BYTES", 30)
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in "1 2 3 4 x".split()))
+    with pytest.raises(DataError, match=r"a\.jsonl, lines 4 to 5: the tokenizer model cannot encode 'x'"):
+        preprocess([str(path)], str(tmp_path / "p"), settings("ByteTokenizer"), save_seconds=0)
+    path.write_text(path.read_text().replace('"x"', '"5"'))
+    done: list[int] = []
+    preprocess(
+        [str(path)],
+        str(tmp_path / "p"),
+        settings("ByteTokenizer"),
+        progress=lambda at, _, count: done.append(count),
+    )
+    assert done[0] == 3 and done[-1] == 5
+
+
+def test_files_that_will_be_replaced_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD[0] + "\n")
+    said: list[str] = []
+    for _ in range(2):
+        preprocess(
+            [str(tmp_path / "a.jsonl")], str(tmp_path / "p"), settings("ByteTokenizer"), report=said.append
+        )
+    assert said == [
+        f"{tmp_path}/p_text_document: the existing files will be replaced when the new ones are complete"
+    ]
 
 
 def test_the_same_input_twice_is_reported(tmp_path: Path) -> None:

@@ -120,6 +120,18 @@ def test_an_interruption_leaves_what_was_there(tree: Path, tmp_path: Path) -> No
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_second_one_at_once_is_refused_and_does_no_harm(tree: Path, tmp_path: Path) -> None:
+    def start_another(done: int, total: int) -> None:
+        with pytest.raises(DataError, match="out: another process is writing this file"):
+            write_corpus(str(tree), str(tmp_path / "out"))
+
+    write_corpus(str(tree), str(tmp_path / "alone"))
+    (tmp_path / "out.partial").write_text("of a process that was killed")
+    write_corpus(str(tree), str(tmp_path / "out"), progress=start_another)
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "alone").read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_progress_reaches_its_end(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "a").write_text("a")

@@ -69,6 +69,10 @@ def test_a_tokenizer_of_other_data(prefix: str) -> None:
         DataError, match=r"p\.bin: token id 256 is outside the tokenizer's vocabulary of 100 ids"
     ):
         describe(prefix, tokenizer=build_tokenizer("NullTokenizer", vocab_size=99))
+    with IndexedWriter(f"{prefix}-padded", np.int32) as writer:
+        writer.add_document([1, -1])
+    with pytest.raises(DataError, match="token id -1 is outside the tokenizer's vocabulary of 257 ids"):
+        describe(f"{prefix}-padded", tokenizer=build_tokenizer("ByteTokenizer"))
 
 
 def test_a_tokenizer_that_did_not_make_the_data(tmp_path: Path) -> None:

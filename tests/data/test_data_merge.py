@@ -15,6 +15,7 @@ from encode_settings import settings
 
 from megatron_hyperrouter.data.store.journal import Journal
 from megatron_hyperrouter.data.store.manifest import read_manifest
+from megatron_hyperrouter.data.store.token_files import IndexedDataset
 from megatron_hyperrouter.data.text.inputs import InputRange
 from megatron_hyperrouter.data.tokenize import merge as merging
 from megatron_hyperrouter.data.tokenize.bpe import train_bpe
@@ -162,6 +163,14 @@ def test_shards_that_do_not_fit(tmp_path: Path, inputs: list[str]) -> None:
     with pytest.raises(DataError, match=r"shard-00002-of-00003_text_document\.bin: the file does not match"):
         merge(prefix)
     Path(f"{name}.bin").write_bytes(tokens)
+    index = Path(f"{name}.idx").read_bytes()
+    marks = IndexedDataset(name).document_indices.copy()
+    assert marks[1] + 1 <= marks[2]
+    marks[1] += 1  # the documents have other ends, which nothing but the checksum shows
+    Path(f"{name}.idx").write_bytes(index[: -marks.nbytes] + marks.tobytes())
+    with pytest.raises(DataError, match=r"shard-00002-of-00003_text_document\.idx: the file does not match"):
+        merge(prefix)
+    Path(f"{name}.idx").write_bytes(index)
     shards(tmp_path, inputs, 2)
     with pytest.raises(DataError, match=r"were made with --shard I/N for N = 2 and 3"):
         merge(prefix)

@@ -24,7 +24,8 @@ TEXTS = [f"row {number} żółw " + "x" * (number * 37 % 90) for number in range
 
 def table(path: Path, values: object, kind: object = None, rows: int = 7, name: str = "text") -> str:
     column = arrow.array(values, type=kind)
-    parquet.write_table(arrow.table({name: column, "n": list(range(len(column)))}), path, row_group_size=rows)
+    columns = [column, arrow.array(range(len(column)))]
+    parquet.write_table(arrow.table(columns, names=[name, "n"]), path, row_group_size=rows)
     return str(path)
 
 
@@ -59,15 +60,16 @@ def test_parts_hold_whole_row_groups(tmp_path: Path, of: int) -> None:
     assert all(len(part) % 7 in (0, 1) for part in parts)  # 7 groups of 7 rows, and one of 1
 
 
-def test_a_row_group_of_any_size_is_read_a_few_pages_at_a_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["text", "raw.text"])
+def test_a_row_group_of_any_size_is_read_a_few_pages_at_a_time(tmp_path: Path, name: str) -> None:
     """Many writers put the whole file into one row group; its column as it lies on disk must not come into
     memory at once.
     """
     letters = random.Random(0)
-    texts = ["".join(letters.choices("abcdefghijklmnop", k=1000)) for _ in range(4000)] * 6  # 24 MB
+    texts = ["".join(letters.choices("abcdefghijklmnop", k=2000)) for _ in range(2000)] * 6  # 24 MB
     path = tmp_path / "a.parquet"
     parquet.write_table(
-        arrow.table({"text": texts}),
+        arrow.table({name: texts}),
         path,
         row_group_size=len(texts),
         compression="none",
@@ -75,9 +77,9 @@ def test_a_row_group_of_any_size_is_read_a_few_pages_at_a_time(tmp_path: Path) -
     )
     assert parquet.ParquetFile(path).num_row_groups == 1
     before, most, rows = arrow.total_allocated_bytes(), 0, 0
-    for batch in read_batches([str(path)]):
+    for batch in read_batches([str(path)], (name,)):
         most = max(most, arrow.total_allocated_bytes() - before)
-        rows += sum(1 for _ in documents(batch, ("text",)))
+        rows += sum(1 for _ in documents(batch, (name,)))
     assert rows == len(texts)
     assert most < path.stat().st_size / 4
 
@@ -112,6 +114,8 @@ def test_bad_rows_and_columns(tmp_path: Path) -> None:
     latin = arrow.array([b"fine", b"caf\xe9"], arrow.binary()).view(arrow.string())
     with pytest.raises(DataError, match=r"e\.parquet, rows 1 to \d+: the text is not UTF-8"):
         found(table(tmp_path / "e.parquet", latin))
+    with pytest.raises(DataError, match=r"f\.parquet: the file has 2 columns with the name 'n'"):
+        found(table(tmp_path / "f.parquet", TEXTS, name="n"), ("n",))
 
 
 def test_truncated_damaged_and_foreign(tmp_path: Path) -> None:

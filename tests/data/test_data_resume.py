@@ -178,6 +178,8 @@ def test_other_settings_and_changed_inputs_are_refused_until_overwritten(
         preprocess(inputs, prefix, recipe)
     assert "--overwrite" in caught.value.remedy
     assert outputs(tmp_path / "out") == left
+    assert "p_note_document.bin.partial" in left
+    recipe = replace(recipe, keys=("text",))
     preprocess(inputs, prefix, recipe, overwrite=True)
     preprocess(inputs, str(tmp_path / "whole" / "p"), recipe)
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")

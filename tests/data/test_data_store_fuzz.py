@@ -130,13 +130,13 @@ def test_any_bytes_at_all_are_refused_or_read(tmp_path, impl, content, head):
 
 
 @pytest.mark.parametrize("ending", ["bin", "idx"])
-@pytest.mark.parametrize("kind", ["materialised", "on-demand"])
+@pytest.mark.parametrize("kind", ["materialised", "on-demand", "packed"])
 def test_a_file_that_is_cut_while_it_is_read_ends_in_a_message(tmp_path, kind, ending):
     prefix = Path(write_corpus(tmp_path / "corpus", [400] * 100))
-    data = DataConfig(train_data_path=(str(prefix),), data_index=kind)
-    found = build_splits(
-        data, seq_length=16, seed=1, vocab_size=1000, train_samples=None, valid_samples=0, test_samples=0
-    ).train
+    own = {"pack_documents": True} if kind == "packed" else {"data_index": kind}
+    data = DataConfig(train_data_path=(str(prefix),), **own)
+    counts = {"train_samples": None, "valid_samples": 0, "test_samples": 0}
+    found = build_splits(data, seq_length=16, seed=1, vocab_size=1000, eod=0, **counts).train
     expected = found[0]
     path = Path(f"{prefix}.{ending}")
     size = path.stat().st_size

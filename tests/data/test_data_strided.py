@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,19 @@ def test_the_split_alone_is_read(tmp_path: Path) -> None:
     path = written(tmp_path / "a", [20] * 10, 0)
     found = windows(DataConfig(data_path=(path,), split="8,1,1"), 4)
     assert found[0][0] == 180 and found[len(found) - 1][-1] <= 199
+
+
+def test_made_up_tokens_have_windows_too() -> None:
+    found = windows(DataConfig(mock_data=True), S)
+    assert len(found) == ((1 << 22) - 1) // S and found[0][S] == found[1][0]
+
+
+def test_a_file_that_is_cut_while_it_is_read_ends_in_a_message(tmp_path: Path) -> None:
+    path = written(tmp_path / "a", [5000], 0)
+    found = windows(DataConfig(test_data_path=(path,)), S)
+    os.truncate(f"{path}.bin", 100)
+    with pytest.raises(DataError, match=r"a\.bin, byte 100: the file now ends here"):
+        found[600]
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.implementations import ByteLevelBPETokenizer
 
+from megatron_hyperrouter.data.text.corpus import BadText
 from megatron_hyperrouter.data.tokenize import other_libraries
 from megatron_hyperrouter.data.tokenize.tokenizer import (
     Tokenizer,
@@ -281,6 +282,12 @@ class TestTikToken:
     def test_too_many_ids_are_asked_for(self, ranks: str) -> None:
         with pytest.raises(DataError, match="--vocab-size 100000 needs 99000"):
             of_file(ranks, "TikTokenizer", vocab_size=100_000)
+        with pytest.raises(DataError, match="--vocab-size 0 needs"):
+            of_file(ranks, "TikTokenizer", vocab_size=0)
+
+    def test_a_text_that_the_library_refuses_is_a_message(self, ranks: str) -> None:
+        with pytest.raises(BadText, match=r"the tokenizer .*vocab\.json cannot encode ' +' ...: "):
+            of_file(ranks, "TikTokenizer").encode(" " * 1_000_000 + "a")
 
     def test_wrong_special_tokens(self, ranks: str) -> None:
         with pytest.raises(ConfigError, match=r"--tokenizer-special-tokens.*must contain </s>"):
@@ -316,7 +323,7 @@ class TestBounds:
         backend = byte_level(["</s>"])
         backend.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
         backend.save(str(tmp_path / "tokenizer.json"))
-        with pytest.raises(DataError, match="the tokenizer cannot encode"):
+        with pytest.raises(BadText, match="the tokenizer .* cannot encode"):
             of_file(tmp_path).encode("a" * 60 + "!")
 
     def test_added_tokens_count(self, tmp_path: Path) -> None:

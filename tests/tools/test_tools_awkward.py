@@ -78,6 +78,11 @@ CASES = {
     "a tokenizer over its text": case(
         f"{TRAIN} 300 --output ./a.jsonl", 2, "--output = ./a.jsonl: is one of the inputs"
     ),
+    "a tokenizer below a file": case(
+        f"{TRAIN} 300 --output a.jsonl/t.json",
+        2,
+        "--output = a.jsonl/t.json: cannot be written: (Not a directory|File exists)",
+    ),
     "no bytes of a corpus": case(
         "make_corpus --root . --output c.jsonl --max-bytes -1", 2, "--max-bytes = -1: must be at least 1"
     ),

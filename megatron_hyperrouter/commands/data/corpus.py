@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
         help="stop before the first document that would make FILE.jsonl longer than N bytes",
     )
     args = flags.parse_args(arguments)
-    with Bar("make_corpus", "files") as bar:
+    with Bar("mhr corpus", "files") as bar:
         made = write_corpus(
             args.root or default_root(), args.output, max_bytes=args.max_bytes, progress=bar.update
         )

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
         )
     if not cache.used:
         print(
-            "no index file is needed: these indexes are small, so each process of the run builds them itself"
+            "no index file is needed: each process of the run computes the order of these samples itself"
         )
     print(f"{time.monotonic() - begin:.1f} s")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_hyperrouter.terminal import Bar, parser
 
@@ -18,6 +19,7 @@ def main(arguments: Sequence[str]) -> None:
     from megatron_hyperrouter.data.text.inputs import expand, total_bytes
     from megatron_hyperrouter.data.tokenize.bpe import train_bpe
     from megatron_hyperrouter.errors import ConfigError, Problem
+    from megatron_hyperrouter.files import check_output
 
     flags = parser(__doc__ or "", EPILOG)
     flags.add_argument(
@@ -73,6 +75,7 @@ def main(arguments: Sequence[str]) -> None:
         )
     if problems:
         raise ConfigError(problems)
+    check_output(Path(args.output))
     with Bar("mhr tokenizer") as bar:
         found = texts(inputs, args.json_key, args.max_bytes, progress=bar.update)
         size = train_bpe(found, args.vocab_size, args.output)

@@ -26,6 +26,7 @@ def windows_of(run: TrainedRun, tokenizer: Tokenizer, args: Namespace) -> Stride
         run.settings.train.seed,
         tokenizer.vocab_size,
         IndexCache(data.data_cache_path),
+        eod=run.eod(tokenizer),
         tokenizer=tokenizer.identity(),
     )
     return strided(builder, args.split or "test", args.eval_stride)

@@ -151,12 +151,13 @@ class PackedDataset:
         row = self._impl.permuted(place, self._epoch, index.key_of(self._seed, _SAMPLES, epoch))
         pieces = slice(*self.packing.starts[row : row + 2].tolist())
         documents, begins = self.packing.documents[pieces], self.packing.begins[pieces].astype(np.int64)
-        store, left = self.store, self.store.sizes[documents] - begins
+        store = self.store
+        store.check_length()
+        left = store.sizes[documents] - begins
         sizes = np.minimum(left, self._length).astype(np.int32)
         ends = np.cumsum(sizes)
         sample = np.full(self._length, self.eod, np.int64)
         pointers = store.pointers[documents] + begins * store.dtype.itemsize
-        store.check_length()
         last, filled = len(sizes) - 1, sample[: ends[-1]]
         bad = self._impl.gather(
             store.tokens,

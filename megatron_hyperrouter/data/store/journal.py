@@ -30,7 +30,7 @@ class Journal:
 
     ``settings``: flags and values that decide the bytes of the output.  ``inputs``: path, size and time of
     change of each file. ``records`` contains what an earlier run saved, oldest first.  ``overwrite``: forget
-    that. Raises ConfigError if that run had other settings, DataError if another process is at work, or if an
+    that; ``forgotten`` are the settings of that run. Raises ConfigError if that run had other settings, DataError if another process is at work, or if an
     input has changed since; but ``unchanged`` can accept changes after the part that was read, whose paths
     are then in ``mended``.
     """
@@ -58,8 +58,11 @@ class Journal:
                 "inputs": [list(each) for each in inputs],
             }
             self._check_start()
-            lines = [] if overwrite else self._read()
-            if lines:
+            lines = self._read()
+            self.forgotten: dict[str, object] = {}
+            if overwrite and lines and _is_head(lines[0]):
+                self.forgotten = lines[0]["settings"]
+            if lines and not overwrite:
                 self._continue(lines, json.loads(json.dumps(head)), unchanged)
             else:
                 with refusing(path):

@@ -193,20 +193,23 @@ class Builder:
 
     def build(self, number: int, num_samples: int | None) -> Dataset | None:
         """Dataset of split ``number``."""
-        own = (self.data.train_data_path, self.data.valid_data_path, self.data.test_data_path)[number]
-        flag, words = (
-            ("--data-path", self.data.data_path)
-            if self.data.data_path
-            else (f"--{SPLITS[number]}-data-path", own)
-        )
-        if self.data.mock_data:
-            flag, words = MOCK, (MOCK,)
+        flag, words = self.words(number)
         if num_samples == 0 or not words:
             return None
         blend = parse_blend(words, flag=flag)
         if number > 0 and not any(self.documents(prefix, number) for prefix in blend.prefixes):
             return None
         return self.mixed(blend, number, num_samples)
+
+    def words(self, number: int) -> tuple[str, tuple[str, ...]]:
+        """The flag that names the files of split ``number``, and its value."""
+        data = self.data
+        if data.mock_data:
+            return MOCK, (MOCK,)
+        if data.data_path:
+            return "--data-path", data.data_path
+        own = (data.train_data_path, data.valid_data_path, data.test_data_path)[number]
+        return f"--{SPLITS[number]}-data-path", own
 
     def mixed(self, blend: Blend, number: int, num_samples: int | None) -> Dataset:
         """The files of a blend, or the one file."""

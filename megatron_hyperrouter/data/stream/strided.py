@@ -45,6 +45,7 @@ class StridedDataset:
     def __getitem__(self, i: int) -> Sample:
         """Window ``i``: int64 [S + 1].  DataError for a token id outside the vocabulary."""
         store, start, _ = self._windows[i]
+        store.check_length()
         sample = store.tokens[start : start + self.seq_length + 1].astype(np.int64)
         if sample.max() >= self.vocab_size or sample.min() < 0:
             raise DataError(
@@ -71,10 +72,9 @@ def strided(builder: Builder, split: str, stride: int) -> StridedDataset:
         rule = "cannot be combined with --pack-documents"
         raise ConfigError([Problem("--eval-stride", stride, rule, "leave out --eval-stride")])
     number = SPLITS.index(split)
-    data = builder.data
-    words = data.data_path or getattr(data, f"{split}_data_path")
+    flag, words = builder.words(number)
     parts = []
-    for prefix in parse_blend(words, flag="--data-path").prefixes if words else ():
+    for prefix in parse_blend(words, flag=flag).prefixes if words else ():
         documents = builder.documents(prefix, number)
         if documents:
             parts.append((builder.open(prefix), documents))

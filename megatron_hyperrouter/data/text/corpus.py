@@ -45,6 +45,10 @@ class BadLine(DataError):
     """A line, row or text that cannot be used; the file around it may be good."""
 
 
+class BadText(BadLine):
+    """A text that cannot be left out like a line: plain text, or one that the tokenizer cannot encode."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReadPosition:
     """A position between two batches."""
@@ -71,6 +75,15 @@ class TextBatch:
     position: int  # bytes of all inputs read so far, as stored on disk
     end: ReadPosition
     columns: tuple[list[object], ...] = field(default=())  # Parquet: values of each key
+
+
+    def __str__(self) -> str:
+        """Which part of which file, for messages."""
+        if self.kind == "text" or not self.first_line:
+            return f"{self.path}, from byte {self.first_byte} on"
+        rows = self.kind == "parquet"
+        last = self.first_line + len(self.columns[0] if rows else self.pieces) - 1
+        return f"{self.path}, {'rows' if rows else 'lines'} {self.first_line} to {last}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +160,7 @@ def documents(
     A value is a string, or a list of strings (sequences of one document, as in Megatron-LM).  Blank lines are
     left out.  Plain text has the same text under every key.  BadLine names the file and the line, row or byte
     of what cannot be used; with ``bad``, such lines and rows are left out, and their messages are added to
-    it.
+    it.  BadText for plain text, with or without ``bad``.
     """
     where = _Where(batch)
     if batch.kind == "text":
@@ -354,9 +367,13 @@ class _Where:
     def byte(self, byte: int) -> None:
         self._byte = byte
 
+    def is_text(self) -> bool:
+        """Whether the document is a plain-text file."""
+        return self._batch.kind == "text"
+
     def __str__(self) -> str:
         batch = self._batch
-        if batch.kind == "text":
+        if self.is_text():
             return batch.path
         first = batch.first_line or _lines_before(batch.path, batch.first_byte) + 1
         return f"{batch.path}, {'row' if batch.kind == 'parquet' else 'line'} {first + self.index}"
@@ -377,7 +394,8 @@ def _utf8(piece: bytes, where: _Where) -> str:
         return piece.decode()
     except UnicodeDecodeError as error:
         message = f"{where}, byte {where.byte + error.start}: the text is not UTF-8 ({error.reason})"
-        raise BadLine(message, remedy="convert the file, for example: iconv -f LATIN1 -t UTF-8") from error
+        kind = BadText if where.is_text() else BadLine
+        raise kind(message, remedy="convert the file, for example: iconv -f LATIN1 -t UTF-8") from error
 
 
 def _parse(line: str, where: _Where, keys: Sequence[str]) -> tuple[list[str], ...]:

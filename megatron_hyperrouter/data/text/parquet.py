@@ -74,7 +74,7 @@ class _File:
                 number
                 for number in range(len(self._plain.schema))
                 if self._plain.schema.column(number).physical_type == "BYTE_ARRAY"
-                and self._plain.schema.column(number).path.split(".")[0] in keys
+                and f"{self._plain.schema.column(number).path}.".startswith(tuple(f"{key}." for key in keys))
             ]
         except BaseException:
             self.close()
@@ -194,6 +194,9 @@ def _check_columns(path: str, keys: Sequence[str], names: Sequence[str]) -> None
             present = ", ".join(map(repr, names)) or "none"
             message = f"{path}: there is no column {key!r} (columns present: {present})"
             raise DataError(message, remedy="give the column of the text with --json-keys KEY")
+        if names.count(key) > 1:
+            message = f"{path}: the file has {names.count(key)} columns with the name {key!r}"
+            raise DataError(message, remedy="write the file again with one name for each column")
 
 
 def _damaged(path: str, place: str, error: Exception) -> DataError:

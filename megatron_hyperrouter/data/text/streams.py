@@ -5,17 +5,18 @@ written atomically.
 from __future__ import annotations
 
 import errno
+import fcntl
 import gzip
 import io
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megatron_hyperrouter.errors import DataError, HostError
-from megatron_hyperrouter.files import open_afresh
+from megatron_hyperrouter.files import open_afresh, open_again
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -40,7 +41,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     """A binary file to write. If the block succeeds, the file gets the name ``path``; otherwise it is
     removed.
 
-    DataError if the disk refuses, or if ``path`` exists and is not a file.
+    DataError if the disk refuses, if another process is writing ``path``, or if it exists and is not a file.
     """
     if not Path(path).name or (os.path.exists(path) and not os.path.isfile(path)):
         raise DataError(
@@ -50,16 +51,36 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     partial = Path(f"{path}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with open_afresh(partial) as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
+        with _open_locked(partial, path) as stream:
+            try:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+                partial.replace(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
     except OSError as error:
         message, remedy = refusal(error, path, "choose another output; the existing file was not changed")
         raise DataError(message, remedy=remedy) from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _open_locked(partial: Path, path: str) -> BinaryIO:
+    """A new file under a temporary name, locked; DataError if another process is writing the one that is
+    there.
+    """
+    try:
+        with open_again(partial) as left:  # by a process that was killed, if no process has locked it
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        message = f"{path}: another process is writing this file"
+        raise DataError(message, remedy="wait for that process, or choose another output") from error
+    except OSError:
+        pass  # there is no such file, or this file system has no locks
+    stream = open_afresh(partial)
+    with suppress(OSError):
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return stream
 
 
 class ByteStream(io.BufferedReader):

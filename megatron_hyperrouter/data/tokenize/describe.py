@@ -80,10 +80,11 @@ def describe(
                 f"not with {described(tokenizer.identity())}"
             )
             raise DataError(message, remedy="use the tokenizer that made the data")
-        highest = int(first.max()) if first.size else 0
-        if highest >= tokenizer.vocab_size:
+        for extreme in (first.max(initial=0), first.min(initial=0)):
+            if 0 <= extreme < tokenizer.vocab_size:
+                continue
             message = (
-                f"{data.bin_path}: token id {highest} is outside the tokenizer's vocabulary of "
+                f"{data.bin_path}: token id {extreme} is outside the tokenizer's vocabulary of "
                 f"{tokenizer.vocab_size} ids"
             )
             raise DataError(message, remedy="use the tokenizer that made the data")

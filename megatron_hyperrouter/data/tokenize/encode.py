@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_hyperrouter.data.store.token_files import smallest_dtype
-from megatron_hyperrouter.data.text.corpus import TextBatch, documents
+from megatron_hyperrouter.data.text.corpus import BadText, TextBatch, documents
 from megatron_hyperrouter.data.tokenize.backends import Backend, build_encoder
 from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer, TokenizerOptions
 from megatron_hyperrouter.errors import DataError, HyperRouterError
@@ -70,15 +70,18 @@ class Encoder:
 
     def __call__(self, batch: TextBatch) -> EncodedBatch:
         """The tokens under each key; BadLine for a line that cannot be used, where such lines are not
-        skipped.
+        skipped, BadText for a text that the tokenizer cannot encode.
         """
         bad: list[str] = []
         skip = self.settings.on_bad_line == "skip"
         found = list(documents(batch, self.settings.keys, bad if skip else None))
-        columns = [
-            self._encode([document[column] for document in found], batch.closes)
-            for column in range(len(self.settings.keys))
-        ]
+        try:
+            columns = [
+                self._encode([document[column] for document in found], batch.closes)
+                for column in range(len(self.settings.keys))
+            ]
+        except BadText as error:
+            raise BadText(f"{batch}: {error.message}", remedy=error.remedy) from error
         return EncodedBatch(columns, len(bad), bad[0] if bad else "")
 
     def _encode(self, found: list[list[str]], closes: bool) -> Encoded:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_hyperrouter.data.text.corpus import SAFE_CUT
+from megatron_hyperrouter.data.text.corpus import SAFE_CUT, BadText
 from megatron_hyperrouter.data.tokenize.base import END_OF_TEXT, MOST_IDS, Tokenizer, no_end_token
 from megatron_hyperrouter.errors import DataError, HostError
 
@@ -146,7 +146,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [_joined([next(encoded) for _ in pieces]) for pieces in pieces_of]
 
     def _encode(self, pieces: list[str]) -> list[NDArray[np.int32]]:
-        with _library_errors(f"{self.path}: the tokenizer cannot encode {pieces[0][:40]!r} ..."):
+        with encoding(self.path, pieces[0]):
             found = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
         return [np.array(each.ids, dtype=np.int32) for each in found]
 
@@ -264,6 +264,19 @@ def _library_errors(message: str) -> Iterator[None]:
             raise
         reason = str(error).strip().split("\n", 1)[0]
         raise DataError(f"{message}: {reason}", remedy=REMEDY) from error
+
+
+@contextmanager
+def encoding(path: str, text: str) -> Iterator[None]:
+    """Turns an error of a tokenizer's library about a text into BadText; ``path``: the tokenizer's file."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_library_error(error):
+            raise
+        reason = str(error).strip().split("\n", 1)[0]
+        message = f"the tokenizer {path} cannot encode {text[:40]!r} ...: {reason}"
+        raise BadText(message, remedy="use another tokenizer, or correct or remove this text") from error
 
 
 def _cuts_exactly(backend: Backend) -> bool:

@@ -12,7 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hyperrouter.data.store.journal import locked_output
-from megatron_hyperrouter.data.store.manifest import ENDING, Manifest, read_manifest, write_manifest
+from megatron_hyperrouter.data.store.manifest import (
+    ENDING,
+    Manifest,
+    file_sum,
+    read_manifest,
+    write_manifest,
+)
 from megatron_hyperrouter.data.store.pair_writer import PairWriter, put_in_place, remove_partial
 from megatron_hyperrouter.data.store.token_files import IndexedDataset
 from megatron_hyperrouter.data.text.inputs import InputRange
@@ -156,8 +162,12 @@ def _append(writer: PairWriter, prefix: str, manifest: Manifest) -> None:
         digest.update(tokens.data)
         writer.write(tokens, lengths, np.diff(some).astype(np.int32))
         begin = end
-    if digest.hexdigest() != manifest.bin.sha256 or data.num_tokens != manifest.tokens:
-        raise DataError(
-            f"{prefix}.bin: the file does not match {prefix}{ENDING}",
-            remedy="copy the shard again, or create it again",
-        )
+    for ending, same in (
+        ("bin", digest.hexdigest() == manifest.bin.sha256),
+        ("idx", file_sum(f"{prefix}.idx") == manifest.idx),
+    ):
+        if not same:
+            raise DataError(
+                f"{prefix}.{ending}: the file does not match {prefix}{ENDING}",
+                remedy="copy the shard again, or create it again",
+            )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_hyperrouter.data.store.manifest import file_sum
 from megatron_hyperrouter.data.tokenize.base import MOST_IDS, Tokenizer, no_end_token
+from megatron_hyperrouter.data.tokenize.huggingface import encoding
 from megatron_hyperrouter.errors import ConfigError, DataError, HostError, Problem
 
 _SPACE = "▁"  # how a piece writes a space
@@ -145,7 +146,8 @@ class TikTokenizer(Tokenizer):
         names += tuple(f"<SPECIAL_{number}>" for number in range(len(names), num_special_tokens))
         ranks = _read(path)
         self.path = path
-        self.vocab_size = vocab_size or min(_DEFAULT_VOCAB, num_special_tokens + len(ranks))
+        largest = num_special_tokens + len(ranks)
+        self.vocab_size = min(_DEFAULT_VOCAB, largest) if vocab_size is None else vocab_size
         wanted = self.vocab_size - num_special_tokens
         if not 0 < wanted <= len(ranks):
             message = (
@@ -153,7 +155,7 @@ class TikTokenizer(Tokenizer):
                 f"needs {wanted} byte strings and {num_special_tokens} special tokens"
             )
             raise DataError(
-                message, remedy=f"use a --vocab-size of at most {num_special_tokens + len(ranks)}"
+                message, remedy=f"use a --vocab-size from {num_special_tokens + 1} to {largest}"
             )
         self._bytes = ranks[:wanted]
         self._special = {name: number for number, name in enumerate(names)}
@@ -190,9 +192,11 @@ class TikTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """See the base class; special tokens in a text become their id, as in megatron-core."""
-        return [
-            self._encoding.encode_to_numpy(text, allowed_special="all").astype(np.int32) for text in texts
-        ]
+        found = []
+        for text in texts:
+            with encoding(self.path, text):
+                found.append(self._encoding.encode_to_numpy(text, allowed_special="all").astype(np.int32))
+        return found
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text, special tokens included."""

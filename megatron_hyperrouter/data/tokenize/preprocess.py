@@ -31,6 +31,7 @@ from megatron_hyperrouter.data.store.pair_writer import (
 )
 from megatron_hyperrouter.data.text.corpus import (
     BadLine,
+    BadText,
     ReadPosition,
     begins_with,
     checksum_of,
@@ -129,6 +130,9 @@ def preprocess(
             f"continuing from the saved progress: {', '.join(run.mended)} changed after the unfinished run, "
             "but only in parts that this run had not read"
         )
+    old = [prefix for prefix in job.prefixes() if os.path.exists(f"{prefix}.idx")]
+    if old and report and not run.saved.complete:
+        report(f"{', '.join(old)}: the existing files will be replaced when the new ones are complete")
     try:
         if not run.saved.complete:
             run.encode(workers)
@@ -137,9 +141,9 @@ def preprocess(
         kept = not isinstance(error, DataError) or isinstance(error, DiskRefused | InputChanged | BadLine)
         run.close(forget=not kept or not run.saved.pairs)
         if isinstance(error, BadLine):
-            skip = "or skip such lines with --on-bad-line skip"
-            goes_on = ", which continues from the saved progress" if run.saved.pairs else ""
-            raise BadLine(error.message, remedy=f"{error.remedy}; {skip}{goes_on}") from error
+            skip = "" if isinstance(error, BadText) else "; or skip such lines with --on-bad-line skip"
+            goes_on = ", which continues from the saved progress" if run.saved.pairs and skip else ""
+            raise BadLine(error.message, remedy=f"{error.remedy}{skip}{goes_on}") from error
         raise
     if run.saved.left_out and report:
         lines = "line" if run.saved.left_out == 1 else "lines"
@@ -212,6 +216,8 @@ class _Preprocessing:
         self._journal = Journal(
             job.journal(), self._settings(), self._files, overwrite=overwrite, unchanged=self._unchanged
         )
+        for key in str(self._journal.forgotten.get("--json-keys", "")).split():  # this run may have other keys
+            remove_partial(f"{job.stem()}_{key}_document")
         self.mended = self._journal.mended
         try:
             self.saved = self._newest(self._journal.records)
@@ -423,12 +429,13 @@ def _check(job: Job, workers: int, save_seconds: float) -> None:
 
 
 def _first_documents(job: Job) -> Iterator[tuple[str, str]]:
-    """Names and texts of the first documents: those of the first batch."""
+    """Names and texts of the first usable documents: those of the first batch."""
     batch = next(read_batches(job.inputs, job.settings.keys, part=job.part), None)
     if batch is None:
         return
-    size, bad = 0, list[str]() if job.settings.on_bad_line == "skip" else None
-    for number, document in enumerate(documents(batch, job.settings.keys, bad), start=1):
+    size = 0
+    # a bad line is reported when the whole corpus is read
+    for number, document in enumerate(documents(batch, job.settings.keys, []), start=1):
         for key, sequences in zip(job.settings.keys, document, strict=True):
             for text in sequences:
                 yield f"{batch.path}, document {number}, key {key!r}", text[:_CHECKED_CHARACTERS]
