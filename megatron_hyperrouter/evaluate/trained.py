@@ -128,7 +128,7 @@ class TrainedRun:
     ) -> DataConfig:
         """The run's data where they are now, or those of ``data_path``: all of them, or the ``split`` that is
         named.  The run's own files are divided as in the run, even at another path. ``whole``: leave out the
-        weights of a blend, which a whole split does not need.  DataError if the run was imported without data.
+        weights of a blend, which a whole split does not need.  DataError if the run has no data.
         """
         from megatron_hyperrouter.config.derived import NO_DATA
         from megatron_hyperrouter.evaluate.whereabouts import are_own, data_of, other_data, without_weights

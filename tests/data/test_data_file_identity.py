@@ -194,9 +194,7 @@ def test_a_file_that_stands_twice_with_two_weights_goes_on_and_can_be_prolonged(
     course = course_of(builder(words, kind=kind), whole, [], batch=2, **steps)
     told = course.ledger(30)
     for train_iters in (60, 61):
-        again = course_of(
-            builder(words, kind=kind), whole, told, step=30, train_iters=train_iters, batch=2
-        )
+        again = course_of(builder(words, kind=kind), whole, told, step=30, train_iters=train_iters, batch=2)
         assert [again[i].tolist() for i in range(60, 120)] == [course[i].tolist() for i in range(60, 120)]
 
 

@@ -323,7 +323,7 @@ class TestBounds:
         backend = byte_level(["</s>"])
         backend.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
         backend.save(str(tmp_path / "tokenizer.json"))
-        with pytest.raises(BadText, match="the tokenizer .* cannot encode"):
+        with pytest.raises(BadText, match=r"the tokenizer .* cannot encode"):
             of_file(tmp_path).encode("a" * 60 + "!")
 
     def test_added_tokens_count(self, tmp_path: Path) -> None:

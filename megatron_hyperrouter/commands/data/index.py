@@ -68,9 +68,7 @@ def main(arguments: Sequence[str]) -> None:
             remedy="give a writable folder with --data-cache-path, both here and in mhr train",
         )
     if not cache.used:
-        print(
-            "no index file is needed: each process of the run computes the order of these samples itself"
-        )
+        print("no index file is needed: each process of the run computes the order of these samples itself")
     print(f"{time.monotonic() - begin:.1f} s")
 
 

@@ -30,9 +30,9 @@ class Journal:
 
     ``settings``: flags and values that decide the bytes of the output.  ``inputs``: path, size and time of
     change of each file. ``records`` contains what an earlier run saved, oldest first.  ``overwrite``: forget
-    that; ``forgotten`` are the settings of that run. Raises ConfigError if that run had other settings, DataError if another process is at work, or if an
-    input has changed since; but ``unchanged`` can accept changes after the part that was read, whose paths
-    are then in ``mended``.
+    that; ``forgotten`` are the settings of that run. Raises ConfigError if that run had other settings,
+    DataError if another process is at work, or if an input has changed since; but ``unchanged`` can accept
+    changes after the part that was read, whose paths are then in ``mended``.
     """
 
     def __init__(

@@ -76,7 +76,6 @@ class TextBatch:
     end: ReadPosition
     columns: tuple[list[object], ...] = field(default=())  # Parquet: values of each key
 
-
     def __str__(self) -> str:
         """Which part of which file, for messages."""
         if self.kind == "text" or not self.first_line:

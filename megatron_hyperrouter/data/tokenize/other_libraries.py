@@ -154,9 +154,7 @@ class TikTokenizer(Tokenizer):
                 f"{path} has {len(ranks)} byte strings, but --vocab-size {self.vocab_size} "
                 f"needs {wanted} byte strings and {num_special_tokens} special tokens"
             )
-            raise DataError(
-                message, remedy=f"use a --vocab-size from {num_special_tokens + 1} to {largest}"
-            )
+            raise DataError(message, remedy=f"use a --vocab-size from {num_special_tokens + 1} to {largest}")
         self._bytes = ranks[:wanted]
         self._special = {name: number for number, name in enumerate(names)}
         self._first = num_special_tokens

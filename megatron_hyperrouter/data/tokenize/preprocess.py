@@ -216,7 +216,8 @@ class _Preprocessing:
         self._journal = Journal(
             job.journal(), self._settings(), self._files, overwrite=overwrite, unchanged=self._unchanged
         )
-        for key in str(self._journal.forgotten.get("--json-keys", "")).split():  # this run may have other keys
+        # this run may have other keys
+        for key in str(self._journal.forgotten.get("--json-keys", "")).split():
             remove_partial(f"{job.stem()}_{key}_document")
         self.mended = self._journal.mended
         try:
