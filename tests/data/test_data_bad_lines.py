@@ -57,19 +57,20 @@ def test_skipped_lines_are_counted_and_the_rest_is_whole(
     assert read_manifest(pair.prefix).words == words
 
 
-def test_a_bad_line_keeps_what_was_saved_and_skip_continues(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("seconds", [0, 1000])  # the bad line itself is a reason to save
+def test_a_bad_line_keeps_what_was_done_and_skip_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
     monkeypatch.setattr(corpus, "BATCH_BYTES", 4000)
     bad, prefix = lines(tmp_path / "bad.jsonl", bad=True), str(tmp_path / "p")
     with pytest.raises(
         DataError, match=r"(?s)line 9: .*--on-bad-line skip, which continues from the saved progress"
     ):
-        preprocess([bad], prefix, settings("ByteTokenizer"), save_seconds=0)
+        preprocess([bad], prefix, settings("ByteTokenizer"), save_seconds=seconds)
     done: list[int] = []
     skip = settings("ByteTokenizer", on_bad_line="skip")
     (pair,) = preprocess([bad], prefix, skip, progress=lambda at, _, count: done.append(count))
-    assert done[0] > 0 and pair.documents == 59
+    assert done[0] == 8 and pair.documents == 59
     assert (
         sorted(path.name for path in tmp_path.iterdir() if ".partial" in path.name or "journal" in path.name)
         == []

@@ -94,11 +94,15 @@ def same_text(found: Identity, files: Mapping[str, Identity | None]) -> str | No
 
 def repeated(files: Mapping[str, Identity]) -> list[tuple[str, str]]:
     """Each file that contains the same text as an earlier one, with that one."""
-    names, found = list(files), []
-    for number, name in enumerate(names):
-        earlier = same_text(files[name], {each: files[each] for each in names[:number]})
+    found = []
+    # only files of equal size are compared, so that many files take little time
+    alike: dict[tuple[int, int], dict[str, Identity]] = {}
+    for name, known in files.items():
+        earlier_ones = alike.setdefault((known["documents"], known["tokens"]), {})
+        earlier = same_text(known, earlier_ones)
         if earlier is not None:
             found.append((name, earlier))
+        earlier_ones[name] = known
     return found
 
 

@@ -267,6 +267,10 @@ class _Preprocessing:
                 for writer, key in zip(writers, keys, strict=True):
                     check_not_empty(writer.counts, key, self._job.inputs)
             self._save(writers, replace(saved, complete=True))
+        except BadLine:  # everything before its batch is written
+            if saved != self.saved:
+                self._save(writers, saved)
+            raise
         finally:
             for writer in writers:
                 writer.close()
