@@ -112,6 +112,7 @@ class ModelConfig:
     ] = None
     mtp_num_layers: Annotated[
         Count | None,
+        Le(MOST_LAYERS),
         Role.SHAPE,
         Only("megatron", "leave out FLAG, or use --engine megatron"),
         "Number of multi-token prediction layers; layer n predicts the token n positions after "

@@ -96,6 +96,11 @@ class TestPrecedence:
         found = problems_of(routers, "--config", path)
         assert [problem.remedy for problem in found] == ["write bf16: false", "write bias: false"]
 
+    @pytest.mark.parametrize("argv", [["--run-dir", "a\r"], ["--run-dir", "a", "\r"], ["--mock-data\r"]])
+    def test_a_script_with_the_line_ends_of_windows_is_one_problem(self, routers, argv):
+        (problem,) = problems_of(routers, *([] if "--mock-data\r" in argv else DATA), *argv)
+        assert problem.rule == "has the line ends of Windows"
+
     def test_the_launchers_flag_is_ignored(self, routers):
         for first in (["--local_rank=1"], ["--local-rank", "1"], ["--local_rank", "0"]):
             assert parse([*first, *DATA], routers=routers) == parse(DATA, routers=routers)

@@ -46,6 +46,8 @@ def test_good_values(name, raw, value):
     ("name", "raw", "rule"),
     [
         ("hidden_size", "yes", "an integer >= 1"),
+        ("num_layers", 10**9, "an integer >= 1 and <= 10000"),  # rules would list its layers
+        ("mtp_num_layers", 10**9, "an integer >= 1 and <= 10000, or none"),
         ("hidden_size", True, "an integer >= 1"),  # True == 1 in Python
         ("hidden_size", "2.5", "an integer >= 1"),
         ("hidden_size", 0, "an integer >= 1"),

@@ -56,6 +56,10 @@ def read_flags(argv: Sequence[str]) -> CommandLine:
     """Split a command line into flags and their words."""
     line = CommandLine()
     words: list[str] | None = None
+    if any(word.endswith("\r") for word in argv):
+        remedy = "convert the script that starts this command, for example with dos2unix"
+        line.problems.append(Problem("command line", "", "has the line ends of Windows", remedy))
+        argv = [word.rstrip("\r") for word in argv if word != "\r"]
     for word in argv:
         if word.startswith("--") and len(word) > 2:
             spelling, equals, value = word.partition("=")
