@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,11 @@ class TestPrecedence:
     def test_a_script_with_the_line_ends_of_windows_is_one_problem(self, routers, argv):
         (problem,) = problems_of(routers, *([] if "--mock-data\r" in argv else DATA), *argv)
         assert problem.rule == "has the line ends of Windows"
+
+    @pytest.mark.parametrize("name", ["--run-dir", "--wandb-exp-name", "--sample-prompt"])
+    def test_bytes_that_a_file_of_settings_could_not_contain(self, routers, name):
+        found = problems_of(routers, *DATA, name, os.fsdecode(b"caf\xe9"))
+        assert "not UTF-8" in found[0].rule and found[0].field == name
 
     def test_the_launchers_flag_is_ignored(self, routers):
         for first in (["--local_rank=1"], ["--local-rank", "1"], ["--local_rank", "0"]):

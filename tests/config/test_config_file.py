@@ -206,6 +206,14 @@ class TestPaths:
         assert str(problem).startswith("--load (load in ")
         assert " = '': must not be empty" in str(problem)
 
+    def test_a_byte_order_mark_is_no_text(self, routers, tmp_path):
+        texts = {"run.yaml": "train_iters: 7", "ds.json": '{"steps_per_print": 5}', "data.txt": "0.5 a 0.5 b"}
+        for name, text in texts.items():
+            (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        argv = [f"--config={tmp_path}/run.yaml", f"--deepspeed-config={tmp_path}/ds.json"]
+        config = parse([*argv, f"--data-args-path={tmp_path}/data.txt"], routers=routers)
+        assert (config.train.train_iters, config.data.data_path) == (7, ("0.5", "a", "0.5", "b"))
+
     def test_a_file_that_is_a_pipe_is_read_once(self, routers):
         """``--config <(...)``: the command parses its settings twice."""
         read, write = os.pipe()

@@ -12,17 +12,18 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from megatron_hyperrouter.config.by_role import MODEL
 from megatron_hyperrouter.config.leaves import Leaf
-from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.errors import BadValue
 from megatron_hyperrouter.paths import expanded
 
-MODEL = (Role.SHAPE, Role.FUNCTION, Role.TOKENIZER)
 LIKENESS = 0.8  # below it, a suggestion is more often wrong than right
 
 
 def from_words(leaf: Leaf, words: list[str]) -> Any:
     """The value of a flag that was given with ``words``; raises :class:`BadValue`."""
+    if any("\udc80" <= letter <= "\udcff" for word in words for letter in word):  # os.fsdecode made them
+        raise BadValue("is not UTF-8 text, so config.yaml could not contain it", "use another name")
     return _as_meant(leaf, _from_words(leaf, words))
 
 

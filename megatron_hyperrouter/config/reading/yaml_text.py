@@ -72,7 +72,7 @@ def _read(path: str) -> str:
         content = stream.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
         raise OSError(errno.EFBIG, f"it has more than {MOST_BYTES >> 20} MB")
-    return content.decode("utf-8")
+    return content.decode("utf-8-sig")  # editors on Windows put a byte-order mark first
 
 
 def parse_yaml(text: str) -> Any:
