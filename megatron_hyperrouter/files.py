@@ -7,6 +7,7 @@ symbolic link, and then renamed. Its mode follows the umask, like that of a file
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -119,26 +120,53 @@ def check_folder(path: Path, flag: str = "--output") -> None:
 
 @contextlib.contextmanager
 def unfinished_folder(output: Path) -> Iterator[Path]:
-    """A folder under a temporary name, for :func:`publish`; what is left of it at the end is removed."""
+    """A folder under a temporary name, for :func:`publish`; what is left of it at the end is removed.
+
+    ConfigError if the output exists, or if another process is writing it.
+    """
     if output.exists():
         rule = "already exists"
         raise ConfigError(
             [Problem("--output", output, rule, ("give another folder, or move this folder away"))]
         )
     draft = output.with_name(f".{output.name}.unfinished")
+    locks: list[int] = []
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        if draft.exists():  # of a command that was killed
+        if draft.exists():  # of a command that was killed, unless it still has its lock
+            locks.append(_locked(draft))
             shutil.rmtree(draft)
         draft.mkdir()
+        locks.append(_locked(draft))
         yield draft
+    except BlockingIOError:
+        rule, remedy = "is being written by another process", "wait until it ends, or give another folder"
+        raise ConfigError([Problem("--output", output, rule, remedy)]) from None
     except OSError as error:
         raise CheckpointError(
             f"{output} cannot be written: {error.strerror or error}",
             remedy="free up space on that disk, or give another --output",
         ) from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if locks:
+            shutil.rmtree(draft, ignore_errors=True)
+        for lock in locks:
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """A descriptor with a lock on the folder, if its file system has locks; BlockingIOError if another
+    process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:  # no locks
+        pass
+    return descriptor
 
 
 def publish(draft: Path, output: Path, *, failed: bool = False) -> Path:
