@@ -13,6 +13,7 @@ from program.settings import flags_of
 
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
 from megatron_hyperrouter.commands.training.elastic import laid_out_anew
+from megatron_hyperrouter.errors import ConfigError
 
 pytestmark = pytest.mark.processes
 LAYOUT = (
@@ -92,3 +93,9 @@ def test_a_restart_by_torchrun_keeps_the_global_batch_size_without_load(
     flags = ["--mock-data", "--elastic", "--micro-batch-size", "1", "--run-dir", str(tmp_path)]
     words = laid_out_anew(flags, 1, [])
     assert words[-2:] == ["--global-batch-size", batch]
+
+
+def test_samples_without_a_global_batch_size_are_refused() -> None:
+    """On these ranks they have a meaning, but another one than in the run that goes on."""
+    with pytest.raises(ConfigError, match="--train-samples = 8: needs --global-batch-size"):
+        laid_out_anew(["--mock-data", "--elastic", "--train-samples", "8"], 2, [])

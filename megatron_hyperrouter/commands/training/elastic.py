@@ -34,6 +34,8 @@ def laid_out_anew(words: Sequence[str], world_size: int, notes: list[str]) -> li
     try:
         config = parse(words, routers=ROUTERS, world_size=None)
     except ConfigError:
+        if "--elastic" in line.flags:  # on these ranks the settings may be valid, but not elastic
+            raise
         return list(words)  # it is raised again, with the rules of ranks
     if not config.checkpoint.elastic:
         return list(words)
