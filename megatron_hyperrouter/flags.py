@@ -121,7 +121,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def _unknown(self, found: re.Match[str]) -> Problem:
-        word = found[1].split()[0]
+        word = found[1].split()[0] if found[1].strip() else repr(found[1])  # "$UNSET" in a script
         near = difflib.get_close_matches(word.partition("=")[0], self._flags(), n=1, cutoff=_LIKENESS)
         if not word.startswith("-"):
             return Problem("command line", word, "does not belong to a flag", self._lists_flags())
@@ -172,7 +172,7 @@ def _one_of(parser: Parser, found: re.Match[str]) -> Problem:
 
 _MEANINGS: tuple[tuple[str, Callable[[Parser, re.Match[str]], Problem]], ...] = (
     ("the following arguments are required: (.+)", Parser._missing),
-    ("unrecognized arguments: (.+)", Parser._unknown),
+    ("unrecognized arguments: (.*)", Parser._unknown),
     (_argument(r"invalid choice: '?(?P<value>.*?)'? \(choose from (?P<choices>.*)\)"), _choice),
     (_argument(r"invalid (?P<kind>\w+) value: '(?P<value>.*)'"), _value),
     (_argument(r"expected (?:one|at least one|\d+) arguments?"), _no_value),

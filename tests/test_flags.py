@@ -73,6 +73,12 @@ def test_an_empty_path_is_not_the_working_folder(words: list[str]) -> None:
         flags.parse_args(words)
 
 
+@pytest.mark.parametrize("word", ["", " "])
+def test_an_empty_word_that_belongs_to_no_flag(word: str) -> None:
+    with pytest.raises(ConfigError, match=f"command line = '{word}': does not belong to a flag"):
+        parser("").parse_args([word])
+
+
 def test_an_empty_text_that_is_no_path() -> None:
     assert read("--own_name", "")["own_name"] == ""
 
