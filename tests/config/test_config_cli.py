@@ -93,9 +93,9 @@ class TestPrecedence:
         assert parse(["--config", path, "--router.no-bias"], routers=routers).router.options.bias is False
 
     def test_a_key_that_switches_off_is_another_value(self, routers, write):
-        path = write("data_path: a\nno_bf16: true\nrouter: {name: hyper, no_bias: true}\n")
-        found = problems_of(routers, "--config", path)
-        assert [problem.remedy for problem in found] == ["write bf16: false", "write bias: false"]
+        path = write("data_path: a\nno_bf16: true\nconfig: b\nrouter: {name: hyper, no_bias: true}\n")
+        found = [problem.remedy for problem in problems_of(routers, "--config", path)]
+        assert found[::2] == ["write bf16: false", "write bias: false"] and "into one file" in found[1]
 
     @pytest.mark.parametrize("argv", [["--run-dir", "a\r"], ["--run-dir", "a", "\r"], ["--mock-data\r"]])
     def test_a_script_with_the_line_ends_of_windows_is_one_problem(self, routers, argv):

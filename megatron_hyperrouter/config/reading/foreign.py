@@ -125,6 +125,9 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
         "extra_vocab_size": "use --make-vocab-size-divisible-by, which pads the tokenizer's vocabulary",
         "max_padding_length": "leave it out; every sample has --seq-length tokens, without padding",
         "train_mode": "leave it out; the program pretrains, or starts from existing weights with --finetune",
+        "config": "write the settings of both files into one file",
+        "dry_run": "write --dry-run on the command line",
+        "world_size": "leave it out; the launcher sets the number of ranks",
         "sliding_window": "use --window-size; a sliding window of 4096 tokens is --window-size 4095,0",
     }
     | dict.fromkeys(_NOT_NEEDED, "leave it out; it would not change the result")
