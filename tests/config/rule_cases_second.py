@@ -62,6 +62,13 @@ CASES = [
         {"kv_channels": 32},
     ),
     case(
+        "layers_have_a_pattern",
+        {**FP8, "moe_layer_freq": "1,0"},  # fp8 asks for the layers too
+        "--moe-layer-freq",
+        "must be an integer, or a list",
+        {"moe_layer_freq": "1"},
+    ),
+    case(
         "alarms_are_known",
         {"alarm": ["collapse=page"]},
         "--alarm",

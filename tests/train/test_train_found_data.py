@@ -43,5 +43,10 @@ def test_the_file_that_moved_with_the_run(
     found = json.loads(str(with_found_data(scheduled, start).data.data_schedule))
     assert [each["data_path"] for each in found] == [["2", moved], ["tezt"]]
     assert f"text does not exist; using {moved}" in capsys.readouterr().out.replace("\n", " ")
+    # and again, after the run has continued from a third folder
+    again = {"files": {moved: meta["files"]["text"]}, "origin": {**meta["origin"], "folder": str(tmp_path)}}
+    second = Start(start.folder, {"step": 4, "meta": again})
+    assert with_found_data(config, second).data.data_path == (moved,)
+    assert capsys.readouterr().out
     other = change(config, "data", data_path=("tezt",))
     assert with_found_data(other, start) is other and not capsys.readouterr().out

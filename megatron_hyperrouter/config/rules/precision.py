@@ -9,8 +9,8 @@ from megatron_hyperrouter.config.derived import (
     dense_width,
     expert_tensor_size,
     expert_width,
+    has_dense_layers,
     head_width,
-    moe_layers,
     query_groups,
     resets_documents,
 )
@@ -66,7 +66,7 @@ def fp8_widths(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         "hidden_size": (model.hidden_size, 1),
         "moe_ffn_hidden_size": (expert_width(config), expert_tensor_size(config)),
     }
-    if not all(moe_layers(config)):
+    if has_dense_layers(config):
         widths["ffn_hidden_size"] = (dense_width(config), config.parallel.tensor_model_parallel_size)
     for name, (width, parts) in widths.items():
         if width % (block * parts):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,11 +31,11 @@ def with_found_data(config: RunConfig, start: Start) -> RunConfig:
     blends = [*(getattr(config.data, name) for name in _PATHS), *(path for _, path in mixes)]
     found = dict[str, str]()
     for word in dict.fromkeys(word for words in blends for word in words):
-        known = meta.get("files", {}).get(word)
-        if known is None or _is_there(word):
+        name = _name_of(word, meta.get("files", {}))
+        if name is None or _is_there(word):
             continue
-        around = filter(_is_there, places(word, meta.get("origin", {}), run_dir))
-        place = next((each for each in around if _is_same(known, each)), None)
+        around = filter(_is_there, places(name, meta.get("origin", {}), run_dir))
+        place = next((each for each in around if _is_same(meta["files"][name], each)), None)
         if place is not None:
             found[word] = place
             console.note(f"{word} does not exist; using {place}, the same file at another place")
@@ -49,6 +49,15 @@ def with_found_data(config: RunConfig, start: Start) -> RunConfig:
     if mixes:
         changes["data_schedule"] = inline([(step, now(path)) for step, path in mixes])
     return replace(config, data=replace(config.data, **changes))
+
+
+def _name_of(word: str, files: Collection[str]) -> str | None:
+    """The name under which the run has read the file.  A run that has continued elsewhere before knows the
+    file by a longer path than its first command.
+    """
+    parts = Path(word).parts
+    names = [word] if word in files else [name for name in files if Path(name).parts[-len(parts) :] == parts]
+    return names[0] if len(names) == 1 else None
 
 
 def _is_there(prefix: str) -> bool:
