@@ -435,19 +435,11 @@ CASES = [
         {"data_path": []},
     ),
     case(
-        "profile_has_steps_and_ranks",
+        "profile_has_steps",
         {"profile": True, "profile_step_start": 12},
         "--profile-step-end",
         "greater than --profile-step-start = 12",
         {"profile_step_end": 13},
-    ),
-    case(
-        "profile_has_steps_and_ranks",
-        {"profile": True, "profile_ranks": (2, -1)},
-        "--profile-ranks",
-        "its ranks are 0 to 1",
-        {"profile_ranks": (1, 8)},
-        2,
     ),
     case(
         "vocabulary_by_tensor_parallel",

@@ -191,17 +191,12 @@ def recomputed_parts_are_there(config: RunConfig, world_size: int | None) -> Ite
         )
 
 
-def profile_has_steps_and_ranks(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """A trace ends after it begins, and a rank of the run writes it."""
-    if not config.logging.profile:
-        return
+def profile_has_steps(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """A trace ends after it begins."""
     start, end = config.logging.profile_step_start, config.logging.profile_step_end
-    if end <= start:
+    if config.logging.profile and end <= start:
         rule = f"must be greater than --profile-step-start = {start}"
         yield broken(config, "profile_step_end", rule, f"use {start + 2}")
-    if world_size is not None and not set(config.logging.profile_ranks) & set(range(world_size)):
-        rule = f"names no rank of this run; its ranks are 0 to {world_size - 1}"
-        yield broken(config, "profile_ranks", rule, "use 0, or leave out --profile")
 
 
 def finetune_needs_load(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -237,7 +232,7 @@ RULES: tuple[Rule, ...] = (
     warmup_within_decay,
     warmup_starts_below_lr,
     wsd_decay_fits,
-    profile_has_steps_and_ranks,
+    profile_has_steps,
     recomputed_layers,
     recomputed_parts_are_there,
     finetune_needs_load,
