@@ -107,8 +107,8 @@ class ModelConfig:
         float | None,
         Gt(0.0),
         Role.FUNCTION,
-        "Maximum number of tokens of an expert, as a multiple of the mean over all experts; "
-        "further tokens are dropped; default: no limit",
+        "Maximum number of tokens for each expert, as a multiple of the mean over experts; tokens "
+        "above the maximum are dropped; default: no limit",
     ] = None
     mtp_num_layers: Annotated[
         Count | None,
@@ -205,9 +205,8 @@ class TrainConfig:
         tuple[Count, Count, Count] | None,
         Role.BATCH,
         Metavar("START INCREMENT SAMPLES"),
-        "Increase the batch size from START by INCREMENT at a time, to reach "
-        "--global-batch-size after SAMPLES samples. The learning-rate schedule also counts "
-        "samples instead of steps",
+        "Increase the global batch size from START to --global-batch-size during the first SAMPLES "
+        "samples, by INCREMENT at a time. The learning-rate schedule then counts samples, not steps",
     ] = None
     train_iters: Annotated[Count, Role.COURSE, "Number of optimizer steps in the run"] = 100
     seed: Annotated[
@@ -281,8 +280,8 @@ class DataConfig:
         str | None,
         Role.DATA,
         FILE,
-        "YAML file that changes the training mix at given steps. Without --data-path, --split applies to"
-        " the first mix",
+        "YAML file that changes the training mix at given steps. Without --data-path, --split divides "
+        "the files of the first mix",
     ] = None
     split: Annotated[
         str,
@@ -339,8 +338,8 @@ class DataConfig:
     data_index: Annotated[
         Literal["auto", "materialised", "on-demand"],
         Role.ORDER,
-        "When to compute the order of the samples. materialised: at the start, as in "
-        "megatron-core; on-demand: during training (another order); auto: on-demand for 2**25 "
+        "When to compute the order of the samples. materialised: at the start, in the order of "
+        "megatron-core; on-demand: during training, in a different order; auto: on-demand for 2**25 "
         "documents or more, else materialised",
     ] = "auto"
     data_cache_path: Annotated[

@@ -115,7 +115,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         ] = None
         loss: Annotated[
             Literal["mse", "kl"],
-            "With --router.version v1: how the router loss compares the router's probabilities with "
+            "With --router.version v1: type of the router loss between the router's probabilities and "
             "the softmax of the winning experts' scores",
         ] = "mse"
         theta: Annotated[

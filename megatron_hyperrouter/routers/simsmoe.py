@@ -74,8 +74,8 @@ class SimSMoERouter(Router, name="simsmoe"):
         frequency: Annotated[
             float,
             Gt(0.0),
-            "Compare two experts when, since their last comparison, the number of tokens that were "
-            "routed to both of them exceeds X times the number of tokens in a global batch",
+            "Compare two experts after every X global batches of shared tokens. A token is shared if "
+            "it is routed to both experts",
         ] = 16.0
         threshold: Annotated[float, Ge(0.0), Le(1.0), "Ignore pairs of experts with a similarity below X"] = (
             0.5
@@ -83,8 +83,7 @@ class SimSMoERouter(Router, name="simsmoe"):
         kernel: Annotated[Literal["rbf", "linear"], "Kernel of the CKA similarity"] = "rbf"
         bandwidth: Annotated[
             Literal["median", "absolute"],
-            "Unit of --router.sigma. median: the median distance between the compared outputs; "
-            "absolute: no unit, --router.sigma is used as it is",
+            "Unit of --router.sigma. median: the median distance between the compared outputs; absolute: 1",
         ] = "median"
         sigma: Annotated[
             float,

@@ -116,7 +116,7 @@ def _head(page: _Page, prog: str, routers: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield from page.row(
         "--config FILE.yaml",
-        "YAML file with settings; with the config.yaml of a run folder, the same run starts again",
+        "YAML file with settings; the config.yaml in a run folder repeats that run",
     )
     yield from page.row(
         "--dry-run [--world-size N]",

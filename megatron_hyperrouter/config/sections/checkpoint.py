@@ -44,9 +44,8 @@ class CheckpointConfig:
         bool,
         Role.START,
         (
-            "Trust the state-*.pt files of a checkpoint in the old format 1, which are pickles "
-            "without checksums; a file with classes that an optimizer state does not need is still "
-            "refused"
+            "Load the optimizer state of a checkpoint in the old format 1, which has no checksums; use"
+            " this flag only if you trust the files"
         ),
     ] = False
     no_save_optim: Annotated[

@@ -66,9 +66,8 @@ class OptimizerConfig:
         bool | None,
         Role.SPEED,
         Only("megatron", harmless="DeepSpeed itself decides whether to overlap"),
-        "Overlap the reduction of gradients with the backward pass; default: on with "
-        "--use-distributed-optimizer and several data- or context-parallel ranks; off if "
-        "--mtp-num-layers, pipeline stages and a tied embedding are combined",
+        "Overlap the reduction of gradients with the backward pass; default: on where "
+        "--use-distributed-optimizer allows it (see docs/speed.md)",
     ] = None
     overlap_param_gather: Annotated[
         bool | None,

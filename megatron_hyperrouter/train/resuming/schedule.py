@@ -36,8 +36,10 @@ def with_own_schedule(config: RunConfig, start: Start) -> RunConfig:
         rule = "has no settings" if text else "is missing"
         raise CheckpointError(
             f"{path} {rule}, so the checkpoint's learning-rate schedule is unknown",
-            remedy="instead of --use-checkpoint-opt_param-scheduler, set the schedule with --lr, --min-lr, "
-            "--lr-decay-style, --lr-decay-iters, --lr-warmup-iters and --weight-decay",
+            remedy=(
+                "instead of --use-checkpoint-opt-param-scheduler, set the schedule with --lr, "
+                "--min-lr, --lr-decay-style, --lr-decay-iters, --lr-warmup-iters and --weight-decay"
+            ),
         )
     scheduled = {*names_with(Role.SCHEDULE), *_MORE} & {field.name for field in fields(config.optimizer)}
     taken: dict[str, Any] = {name: saved[name] for name in sorted(scheduled & saved.keys())}
