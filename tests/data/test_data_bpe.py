@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,32 @@ def test_vocabulary_has_every_byte_and_ends_documents(tmp_path: Path) -> None:
     strange = "".join(map(chr, range(0x250))) + "東🙂"  # nothing of which was in the text
     assert ours.decode(ours.encode(strange)) == strange
     assert len(ours.encode("ab" * 50)) == 50
+
+
+def test_a_signal_stops_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # as in the command
+
+    class Asked(BaseException):
+        pass
+
+    def stop(number: int, frame: object) -> None:
+        raise Asked
+
+    def many() -> Iterator[str]:
+        for number in range(300_000):
+            if number == 1000:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            taken.append(number)
+            yield f"word {number} " * 9
+
+    taken: list[int] = []
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with pytest.raises(Asked):
+            train_bpe(many(), 300, str(tmp_path / "t.json"))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(taken) < 200_000 and not list(tmp_path.iterdir())
 
 
 def test_bytes_alone_need_257(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 from megatron_hyperrouter.data.text.streams import replacing
 from megatron_hyperrouter.data.tokenize.tokenizer import END_OF_TEXT
@@ -11,6 +12,7 @@ from megatron_hyperrouter.errors import ConfigError, DataError, HostError, Probl
 SMALLEST_VOCAB = 257  # 256 bytes and the end of a document
 # the library asks for all the memory at once, and ends the process where there is too little
 LARGEST_VOCAB = 1 << 24
+_PATIENCE = 5.0  # seconds
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int, output: str) -> int:
@@ -54,10 +56,45 @@ def train_bpe(texts: Iterator[str], vocab_size: int, output: str) -> int:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(_again(first, texts), trainer)
+    _run_in_thread(lambda feed: backend.train_from_iterator(feed, trainer), _again(first, texts))
     with replacing(output) as stream:
         stream.write(backend.to_str(pretty=True).encode())
     return int(backend.get_vocab_size())
+
+
+def _run_in_thread(train: Callable[[Iterator[str]], None], texts: Iterator[str]) -> None:
+    """``train(texts)`` in another thread, because the library does not return when a signal arrives.
+
+    If a signal raises an exception here, the process is expected to end soon: the thread gets no more texts.
+    """
+    stopped, fed = threading.Event(), threading.Event()
+    failed: list[BaseException] = []
+
+    def feed() -> Iterator[str]:
+        try:
+            for text in texts:
+                if stopped.is_set():
+                    return
+                yield text
+        finally:
+            fed.set()
+
+    def work() -> None:
+        try:
+            train(feed())
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            failed.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        stopped.set()
+        fed.wait(_PATIENCE)  # a thread that asks for a text while Python ends can abort the process
+        raise
+    if failed:
+        raise failed[0]
 
 
 def _again(first: str, rest: Iterator[str]) -> Iterator[str]:
