@@ -51,7 +51,8 @@ class LanguageModelLoss:
         count.  The labels were already shifted, so the last ``places`` of them are ignored.  The sums do
         not include this loss.
         """
-        labels_SB = labels_BS.t().contiguous()
+        # a copy, because it is written to; for one sample, contiguous() would copy nothing
+        labels_SB = labels_BS.t().clone(memory_format=torch.contiguous_format)
         labels_SB[-places:] = UNCOUNTED
         total, _ = _losses(output, labels_SB)
         return total / (labels_SB >= 0).sum().clamp(min=1)

@@ -77,7 +77,7 @@ def similarity_of_winners(outputs_TKD: Tensor) -> Tensor:
     """
     k = outputs_TKD.size(-2)
     unit_TKD = F.normalize(outputs_TKD.float(), dim=-1, eps=1e-8)
-    off_KK = 1.0 - torch.eye(k, device=outputs_TKD.device)
+    off_KK = 1.0 - torch.eye(k, device=unit_TKD.device, dtype=unit_TKD.dtype)
     cosines_TKK: Tensor = unit_TKD @ unit_TKD.transpose(-1, -2) * off_KK
     return cosines_TKK.sum((-1, -2)) / k**2
 

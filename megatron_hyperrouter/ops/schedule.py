@@ -15,8 +15,8 @@ def topk_at(step: int, *, start: int, end: int, steps: int, kind: str = "linear"
 
     - ``constant``: k is always ``end``, also at step 0.
     - ``linear``, ``cosine``, ``exponential``: k follows this curve, rounded (halves to even) as in the code
-      of SMoE-Dropout (arXiv 2303.01610).  The exponential schedule leaves 0.99^300 = 4.9 % of the growth
-      for its last step.
+      of SMoE-Dropout (arXiv 2303.01610).  In a long run, the exponential schedule leaves about 0.99^300
+      = 4.9 % of the growth for its last step.
     - ``multistep``: k doubles (or halves) until ``end``.  Each value lasts for an equal share of the steps.
 
     Raises ValueError if ``start``, ``end`` or ``steps`` is below 1, if ``step`` is negative, or for another

@@ -360,8 +360,13 @@ class Router(nn.Module):
     ) -> Routing:
         """Choose experts and weights for the tokens ``x_TD``, in float32 for any dtype.  ``step``: number of
         completed optimizer steps; ``topk``: k, instead of the k of the schedule; ``experts``, ``tokens``:
-        what some routers need, passed by engines and ``RouterSteps``.  Raises ValueError unless 1 <= k <= E.
+        what some routers need, passed by engines and ``RouterSteps``.  Raises ValueError unless 1 <= k <= E
+        and ``x_TD`` has the shape ``[T, D]``.
         """
+        if x_TD.dim() != 2 or x_TD.size(1) != self.hidden_size:
+            rule = f"must be [number of tokens, hidden_size = {self.hidden_size}]"
+            remedy = "; use x.flatten(0, -2)" if x_TD.dim() > 2 else ""
+            raise ValueError(f"x_TD has the shape {list(x_TD.shape)}: {rule}{remedy}")
         now = self.at(step=step, topk=topk, experts=experts, tokens=tokens)
         with float32_maths(x_TD.device):
             logits_TE = self.logits(self.view(x_TD, now))
@@ -397,8 +402,9 @@ class Router(nn.Module):
             aux_loss_coeff=self.aux_loss_coeff,
             z_loss_coeff=self.z_loss_coeff,
             facts=self.facts,
-        ).to(W_ED.device)
+        ).to(W_ED.device, W_ED.dtype)
         assert isinstance(plain, Router)
+        plain.train(self.training)
         state = {"weight_ED": W_ED, **self.folded_buffers()}
         plain.load_state_dict(state if b_E is None else state | {"bias_E": b_E})
         return plain
@@ -422,10 +428,16 @@ class Router(nn.Module):
         """
         raise NotImplementedError
 
+    def reset_buffers(self) -> None:
+        """Give the buffers their initial values; a method with buffers overrides this."""
+
     def reset(self) -> None:
-        """Fill trained parameters from (seed, layer number), as the constructor does."""
+        """Fill trained parameters from (seed, layer number), and buffers with their initial values, as the
+        constructor does.  Call it after ``to_empty()``, which leaves both undefined.
+        """
         prefix = f"router.{self.layer_number}."
         self.reset_parameters(lambda name, shape: keyed.normal(shape, seed=self.seed, name=prefix + name))
+        self.reset_buffers()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Buffers move with the module but keep their dtype: a count in bfloat16 would stop growing."""
@@ -471,29 +483,3 @@ def uncompiled(method: Any) -> Any:
         return (disable(method) if torch.compiler.is_compiling() else method)(*given, **named)
 
     return call
-
-
-def reaching(value: Tensor, *parameters: Tensor) -> Tensor:
-    """``value``, with a graph in which the backward pass gives ``parameters`` zero gradients.
-
-    A method that does not use a parameter in some passes needs this: hosts that reduce gradients during
-    the backward pass wait for the gradient of every parameter (megatron-core's overlap raises an error,
-    param_and_grad_buffer.py:206).
-    """
-    reached: Tensor = _Reaching.apply(value, *parameters)  # type: ignore[no-untyped-call]
-    return reached
-
-
-class _Reaching(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.parameters = parameters  # not saved tensors: hooks that offload activations would move them
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        wanted = ctx.needs_input_grad[1:]
-        return gradient, *(
-            torch.zeros_like(each) if need else None
-            for each, need in zip(ctx.parameters, wanted, strict=True)
-        )

@@ -168,9 +168,17 @@ class ChoosingRouter(Router):
         """``common``: the keywords of :class:`Router`."""
         super().__init__(config, **common)
         if config.aux_loss == "global_batch":
-            self.register_buffer("share_E", torch.full((self.num_experts,), 1.0 / self.num_experts))
+            self.register_buffer("share_E", torch.empty(self.num_experts, dtype=torch.float32))
         if config.expert_bias:
-            self.register_buffer("choice_bias_E", torch.zeros(self.num_experts))
+            self.register_buffer("choice_bias_E", torch.empty(self.num_experts, dtype=torch.float32))
+
+    def reset_buffers(self) -> None:
+        """See :meth:`Router.reset_buffers`."""
+        super().reset_buffers()
+        if self.config.aux_loss == "global_batch":
+            self.share_E.fill_(1.0 / self.num_experts)
+        if self.config.expert_bias:
+            self.choice_bias_E.zero_()
 
     def matrix_std(self) -> float:
         """Standard deviation of the entries of a random matrix: ``init_std``, or the value that gives

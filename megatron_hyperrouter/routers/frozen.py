@@ -108,20 +108,26 @@ class FrozenRouter(Router):
 
     def freeze(self, recipe: Recipe) -> None:
         """Draw the frozen part on the device on which new tensors are created; the constructor calls it
-        once.
+        once, before ``reset``.
         """
-        seed = torch.tensor([recipe.seed], dtype=torch.int64)
-        self.frozen = frozen(recipe, seed.device)
-        self.register_buffer("frozen_seed", seed)
-        self.register_buffer(
-            "frozen_hash", torch.tensor(list(bytes.fromhex(self.frozen.digest)), dtype=torch.uint8)
-        )
+        self.register_buffer("frozen_seed", torch.empty(1, dtype=torch.int64))
+        self.register_buffer("frozen_hash", torch.empty(32, dtype=torch.uint8))
+        self.frozen = frozen(recipe, self.frozen_seed.device)
+
+    def reset_buffers(self) -> None:
+        """See :meth:`Router.reset_buffers`."""
+        super().reset_buffers()
+        self.frozen_seed.fill_(self.frozen.recipe.seed)
+        digest = list(bytes.fromhex(self.frozen.digest))
+        self.frozen_hash.copy_(torch.tensor(digest, dtype=torch.uint8, device="cpu"))
 
     def frozen_tensors(self, device: torch.device) -> tuple[Tensor, ...]:
         """The frozen part on ``device``."""
         # the module moved without ``to``, as unpickling with a map_location does
         if self.frozen.device != device:
             self.frozen = self.frozen.to(device)
+        if device.type == "meta":
+            return tuple(tensor.to(device) for tensor in self.frozen.tensors)
         return self.frozen.tensors
 
     def frozen_digest(self, device: torch.device) -> str:

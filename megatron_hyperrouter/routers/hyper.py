@@ -198,7 +198,8 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
             recipe = replace(recipe, part=self._ranks.rank, parts=self._ranks.size)
         self.freeze(recipe)
         if config.anchor:
-            self.register_buffer("anchor_ED", torch.zeros(self.num_experts, self.hidden_size))
+            shape = (self.num_experts, self.hidden_size)
+            self.register_buffer("anchor_ED", torch.empty(shape, dtype=torch.float32))
         # a vector, even with an embedding for each expert: weight decay leaves it alone
         count = self.num_experts if config.per_expert_embedding else 1
         self.embedding_S = nn.Parameter(torch.empty(count * embedding_size))
@@ -215,6 +216,12 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         with torch.no_grad():
             self.embedding_S.copy_(draw("embedding_S", tuple(self.embedding_S.shape)))
         self.begin_step()
+
+    def reset_buffers(self) -> None:
+        """See :meth:`Router.reset_buffers`."""
+        super().reset_buffers()
+        if self.config.anchor:
+            self.anchor_ED.zero_()
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """``W x + b``."""

@@ -21,8 +21,10 @@ _FINITE = ConfigDict(allow_inf_nan=False)
 
 def router_class(name: str) -> type[Router]:
     """The class registered as ``name``; raises ConfigError with the nearest name."""
-    if name not in ROUTERS:
-        raise ConfigError([Problem("--router.name", name, "is not a router", _suggest(name, ROUTERS))])
+    if not isinstance(name, str) or name not in ROUTERS:
+        raise ConfigError(
+            [Problem("--router.name", str(name), "is not a router", _suggest(str(name), ROUTERS))]
+        )
     return ROUTERS[name]
 
 

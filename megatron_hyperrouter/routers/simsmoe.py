@@ -40,14 +40,9 @@ from megatron_hyperrouter.config.kinds import Count
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.linear import float32_linear, float32_maths
+from megatron_hyperrouter.ops.reaching import reaching
 from megatron_hyperrouter.ops.similarity import linear_cka, median_distance, rbf_cka
-from megatron_hyperrouter.routers.base import (
-    Pass,
-    Router,
-    Routing,
-    StepCounts,
-    reaching,
-)
+from megatron_hyperrouter.routers.base import Pass, Router, Routing, StepCounts
 from megatron_hyperrouter.routers.choice import no_gradient_at_k1, without_counts
 
 
@@ -155,7 +150,7 @@ class SimSMoERouter(Router, name="simsmoe"):
         self.head_in_WD = nn.Parameter(torch.empty(config.head_width, D)) if mlp else None
         self.head_in_bias_W = nn.Parameter(torch.empty(config.head_width)) if mlp else None
         self.head_out_FW = nn.Parameter(torch.empty(features, config.head_width if mlp else D))
-        self.register_buffer("pair_counts_P", torch.zeros(self.num_pairs, dtype=torch.float64))
+        self.register_buffer("pair_counts_P", torch.empty(self.num_pairs, dtype=torch.float64))
         self._due: tuple[tuple[int, int], ...] | None = None  # to be read from the buffer
         self.reset()
 
@@ -170,6 +165,12 @@ class SimSMoERouter(Router, name="simsmoe"):
                     parameter.copy_(
                         draw(name, tuple(parameter.shape)) * stds.get(name, parameter.size(1) ** -0.5)
                     )
+
+    def reset_buffers(self) -> None:
+        """See :meth:`Router.reset_buffers`."""
+        super().reset_buffers()
+        self.pair_counts_P.zero_()
+        self._due = None
 
     # -------------------------------------------------------------------------------------------- routing
     def logits(self, x_TD: Tensor) -> Tensor:
@@ -256,7 +257,8 @@ class SimSMoERouter(Router, name="simsmoe"):
         chosen_TE = routing.logits_TE.new_zeros(routing.experts_TK.size(0), E).scatter_(
             1, routing.experts_TK, 1.0
         )
-        shared_EE = (chosen_TE.mT @ chosen_TE).double()  # exact: sums of ones below 2^24
+        with float32_maths(chosen_TE.device):  # an engine may call this under autocast
+            shared_EE = (chosen_TE.mT @ chosen_TE).double()  # exact: sums of ones below 2^24
         return shared_EE[tuple(torch.triu_indices(E, E, 1, device=shared_EE.device))]
 
     def end_step(self, counts: StepCounts) -> None:

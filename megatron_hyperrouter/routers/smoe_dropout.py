@@ -76,6 +76,7 @@ class SMoEDropoutRouter(ChoosingRouter, FrozenRouter, name="smoe_dropout"):
                 self.matrix_std(),
             )
         )
+        self.reset()
 
     def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
         """Nothing is trained."""

@@ -47,7 +47,8 @@ from megatron_hyperrouter.config.kinds import Count, Natural
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.balance import overload_loss, token_mean
-from megatron_hyperrouter.routers.base import Pass, Router, Routing, reaching, uncompiled
+from megatron_hyperrouter.ops.reaching import reaching
+from megatron_hyperrouter.routers.base import Pass, Router, Routing, uncompiled
 from megatron_hyperrouter.routers.choice import without_tokens
 
 
@@ -123,9 +124,9 @@ class StableMoERouter(Router, name="stablemoe"):
         self.centroid_ED = nn.Parameter(torch.empty(experts, self.hidden_size))
         self.word_VW = nn.Parameter(torch.empty(words, size))
         self.word_centroid_EW = nn.Parameter(torch.empty(experts, size))
-        self.register_buffer("frozen_word_VW", torch.zeros(words, size))
-        self.register_buffer("frozen_centroid_EW", torch.zeros(experts, size))
-        self.register_buffer("frozen_at", torch.full((1,), -1, dtype=torch.int64))
+        self.register_buffer("frozen_word_VW", torch.empty(words, size, dtype=torch.float32))
+        self.register_buffer("frozen_centroid_EW", torch.empty(experts, size, dtype=torch.float32))
+        self.register_buffer("frozen_at", torch.empty(1, dtype=torch.int64))
         self.reset()
 
     def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
@@ -141,6 +142,13 @@ class StableMoERouter(Router, name="stablemoe"):
             for name, std in stds.items():
                 parameter = self.get_parameter(name)
                 parameter.copy_(draw(name, tuple(parameter.shape)) * std)
+
+    def reset_buffers(self) -> None:
+        """See :meth:`Router.reset_buffers`; there is no frozen copy."""
+        super().reset_buffers()
+        self.frozen_word_VW.zero_()
+        self.frozen_centroid_EW.zero_()
+        self.frozen_at.fill_(-1)
 
     def is_frozen(self, step: int) -> bool:
         """Whether training after ``step`` completed steps is in the second stage; the same on every rank."""

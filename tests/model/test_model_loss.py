@@ -67,3 +67,14 @@ def test_labels_that_do_not_count() -> None:
         counted,
         sum(int(label) for _, label in pairs),
     ]
+
+
+@pytest.mark.usefixtures("groups")
+@pytest.mark.parametrize("samples", [1, B])
+def test_a_loss_further_ahead_leaves_the_labels_alone(samples: int) -> None:
+    logits_SBV, labels_BS = torch.randn(S, samples, V), torch.randint(0, V, (samples, S))
+    before_BS = labels_BS.clone()
+    found = LanguageModelLoss(torch.device("cpu")).ahead(logits_SBV.clone(), labels_BS, 2)
+    wanted = F.cross_entropy(logits_SBV[:-2].flatten(0, 1), labels_BS.t()[:-2].flatten())
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(labels_BS, before_BS)

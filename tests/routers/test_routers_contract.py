@@ -259,7 +259,8 @@ def test_folding(name):
     W_ED, b_E = router.linear()
     assert W_ED.shape == (E, D)
     plain = router.fold()
-    assert plain.name == "topk"
+    assert plain.name == "topk" and plain.training
+    assert not router.eval().fold().training  # where noise is off, it stays off
     routing = route(plain, tokens())
     assert same(route(router, tokens()), routing)
     torch.testing.assert_close(
@@ -357,3 +358,47 @@ def test_what_needs_tokens_or_counts_says_so(name, options):
         needs_counts and options != {"similarity_coeff": 0.0}
     )
     assert ("its arrive() before" in warned) == needs_tokens
+
+
+BUFFERS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in NAMES),
+    ("topk", {"expert_bias": True, "aux_loss": "global_batch"}),
+    ("hyper", {"anchor": True, "bias": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), BUFFERS, ids=str)
+def test_built_on_meta_and_reset_it_is_the_router_of_the_constructor(name, options):
+    with torch.device("meta"):
+        router = small(name, **options)
+        assert route(router, torch.empty(T, D)).experts_TK.shape == (T, 2)
+    router.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*router.parameters(), *router.buffers()):
+            tensor.fill_(77)
+    router.reset()
+    expected = small(name, **options).state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in router.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("name", "options"), BUFFERS, ids=str)
+def test_built_under_another_default_dtype_buffers_and_folded_weights_are_float32(name, options, dtype):
+    """As libraries do that load a model in bfloat16: a count in bfloat16 would stop growing."""
+    expected = {key: buffer.dtype for key, buffer in small(name, **options).named_buffers()}
+    torch.set_default_dtype(dtype)
+    try:
+        router = small(name, **options)
+        folds = name not in ("xmoe", "stablemoe", "topk")  # topk is copied as it is
+        plain = router.fold() if folds else router
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {key: buffer.dtype for key, buffer in router.named_buffers()} == expected
+    assert same(route(router, tokens()), route(plain, tokens()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vectors_of_another_shape_are_refused(name):
+    for shape in ((2, T // 2, D), (D,), (T, D + 1)):
+        with pytest.raises(ValueError, match=r"x_TD has the shape .*must be \[number of tokens, hidden_size"):
+            route(small(name), torch.zeros(shape))

@@ -60,6 +60,9 @@ def test_unknown_router_names_the_nearest():
         ConfigError, match=r"--router\.name = hiper: is not a router\n    remedy: did you mean hyper\?"
     ):
         build_router("hiper", **SIZES)
+    for name in (None, 5, ["hyper"]):  # as a settings file without a name gives
+        with pytest.raises(ConfigError, match=r"--router\.name = .*: is not a router"):
+            build_router(name, **SIZES)
 
 
 @pytest.mark.parametrize(

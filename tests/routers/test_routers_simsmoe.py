@@ -357,6 +357,14 @@ def test_counts_and_due_pairs_against_a_loop_and_resume():
     assert fired > 20
 
 
+def test_counts_are_exact_under_autocast():
+    """Outside ``forward``, where an engine counts: bfloat16 has no 257."""
+    router, experts_TK = small(), torch.tensor([[0, 1]]).expand(257, 2)
+    routing = Routing(torch.zeros(257, E), torch.ones(257, 2), experts_TK, {})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert router.extra_counts(routing).tolist() == [257.0] + [0.0] * (router.num_pairs - 1)
+
+
 def test_a_count_must_exceed_the_frequency():
     router = small(frequency=2.0)
     router.pair_counts_P[3] = 2.0
