@@ -115,7 +115,12 @@ class _Losses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_TD, grad_VD = ctx.saved_tensors
-        return grad_TD * grad.to(grad_TD.dtype), grad_VD * grad.to(grad_VD.dtype), None, None
+        return _times(grad_TD, grad), _times(grad_VD, grad), None, None
+
+
+def _times(part: Tensor, factor: Tensor) -> Tensor:
+    """Computed in float32: a factor that is rounded to bfloat16 would change all numbers by up to 0.2 %."""
+    return torch.mul(part, factor.view(1), out=torch.empty_like(part))
 
 
 def _chunk(

@@ -54,6 +54,7 @@ from megatron_hyperrouter.ops.balance import switch_loss, token_mean
 from megatron_hyperrouter.ops.coin import shared_coin
 from megatron_hyperrouter.ops.linear import float32_linear, float32_maths
 from megatron_hyperrouter.routers.base import Pass, Router, Routing, RunFacts, uncompiled
+from megatron_hyperrouter.routers.choice import unused
 
 Coefficient = Annotated[float, Ge(0.0)]
 
@@ -147,16 +148,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
                 "loss": ("version", ("v1",)),
                 "theta": ("version", ("v2",)),
             }
-            present = {"version": self.version, "schedule": self.chosen("schedule")}
-            for name, (option, values) in used.items():
-                value = getattr(self, name)
-                if present[option] in values or value == getattr(type(self), name):
-                    continue
-                rule, remedy = (
-                    f"has no effect with --router.{option} {present[option]}",
-                    f"leave it out, or use --router.{option} {' or '.join(values)}",
-                )
-                yield Problem(f"--router.{name.replace('_', '-')}", value, rule, remedy)
+            yield from unused(self, used, {"version": self.version, "schedule": self.chosen("schedule")})
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             """Warns if no layer ever competes, and if the weights give the router no gradient."""

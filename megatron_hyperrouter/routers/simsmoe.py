@@ -43,7 +43,7 @@ from megatron_hyperrouter.ops.linear import float32_linear, float32_maths
 from megatron_hyperrouter.ops.reaching import reaching
 from megatron_hyperrouter.ops.similarity import linear_cka, median_distance, rbf_cka
 from megatron_hyperrouter.routers.base import Pass, Router, Routing, StepCounts
-from megatron_hyperrouter.routers.choice import no_gradient_at_k1, without_counts
+from megatron_hyperrouter.routers.choice import no_gradient_at_k1, unused, without_counts
 
 
 class SimSMoERouter(Router, name="simsmoe"):
@@ -114,8 +114,16 @@ class SimSMoERouter(Router, name="simsmoe"):
         ] = 8
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
-            """``max_tokens`` must be at least ``min_tokens``."""
+            """``max_tokens`` must be at least ``min_tokens``; options of another kernel or head have no
+            effect.
+            """
             yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
+            used = {
+                "bandwidth": ("kernel", ("rbf",)),
+                "sigma": ("kernel", ("rbf",)),
+                "head_width": ("head", ("mlp",)),
+            }
+            yield from unused(self, used, {"kernel": self.kernel, "head": self.head})
             if self.max_tokens < self.min_tokens:
                 rule = f"must be at least --router.min-tokens = {self.min_tokens}"
                 yield Problem(

@@ -41,8 +41,11 @@ class TopKRouter(ChoosingRouter, name="topk"):
         freeze: Annotated[bool, "Keep the router's weights at their initial values"] = False
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
-            """A frozen router must not change its routes."""
+            """A frozen router must not change its routes, and has no learning rate."""
             yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
+            if self.freeze and self.lr_mult != 1.0:
+                rule = "has no effect: --router.freeze keeps the router's weights at their initial values"
+                yield Problem("--router.lr-mult", self.lr_mult, rule, "leave out one of the two options")
             if self.freeze and self.expert_bias and self.update_rate:
                 rule = "freezes the router, but --router.expert-bias changes its choices at each step"
                 yield Problem(

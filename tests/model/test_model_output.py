@@ -57,6 +57,18 @@ def test_is_the_cross_entropy(chunk: int, dtype: torch.dtype, tolerance: float) 
         assert (one - other).abs().max() <= tolerance * other.abs().max()
 
 
+def test_the_factor_of_the_gradient_is_not_rounded() -> None:
+    """In bfloat16, 0.3 is 0.26 % too large."""
+    hidden_SBD, weight_VD, labels_T = made(torch.bfloat16)
+    total, _ = token_losses(Projection(hidden_SBD, weight_VD), labels_T)
+    whole, part = (
+        torch.autograd.grad(total * factor, (hidden_SBD, weight_VD), retain_graph=True)
+        for factor in (1.0, 0.3)
+    )
+    for one, other in zip(whole, part, strict=True):
+        assert torch.equal((one.float() * 0.3).bfloat16(), other)
+
+
 def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "_CHUNK_NUMBERS", 8 * V)
     monkeypatch.setattr(output, "_LEAST_TOKENS", 1)

@@ -280,6 +280,7 @@ def test_a_frozen_router_is_saved_but_not_trained():
         ({"renormalise": True}, "--router.renormalise"),
         ({"bias_update_rate": 0.1}, "--router.bias-update-rate"),
         ({"freeze": True, "expert_bias": True}, "--router.freeze"),
+        ({"freeze": True, "lr_mult": 2.0}, "--router.lr-mult"),
     ],
 )
 def test_options_that_contradict_are_refused(options, field):
