@@ -70,7 +70,9 @@ class FrozenTensors:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return frozen, (self.recipe, self.device)  # a pickle contains only the recipe
+        # A pickle contains only the recipe.  The machine that reads it may have no such device; the first
+        # pass copies the tensors to where they are needed.
+        return frozen, (self.recipe, torch.device("cpu"))
 
 
 # A memo of a pure function: with one hypernetwork for all layers, the layers share its memory; an entry is
@@ -144,8 +146,11 @@ class FrozenRouter(Router):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(f"{prefix}frozen_hash")
-        if saved is not None and (saved_hash := bytes(saved.flatten().tolist()).hex()) != self.frozen.digest:
-            self._refuse(saved_hash, state_dict.get(f"{prefix}frozen_seed"), prefix)
+        if saved is not None:
+            # of floats where somebody has converted all tensors to one dtype: bytes stay exact
+            saved_hash = bytes(saved.flatten().to(torch.uint8).tolist()).hex()
+            if saved_hash != self.frozen.digest:
+                self._refuse(saved_hash, state_dict.get(f"{prefix}frozen_seed"), prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _refuse(self, saved_hash: str, saved_seed: Tensor | None, prefix: str) -> None:

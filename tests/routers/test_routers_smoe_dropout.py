@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from megatron_hyperrouter import build_router
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.ops import keyed
 from megatron_hyperrouter.ops.schedule import topk_at
+from megatron_hyperrouter.routers.frozen import FrozenTensors
 
 
 def small(**changes):
@@ -59,6 +61,21 @@ def test_other_frozen_weights_are_refused(change, remedy):
     ) as caught:
         small(**change).load_state_dict(small().state_dict())
     assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_state_that_was_converted_to_one_dtype_is_read(dtype):
+    state = {key: tensor.to(dtype) for key, tensor in small().state_dict().items()}
+    small().load_state_dict(state)
+    with pytest.raises(CheckpointError, match="frozen router weights"):
+        small(seed=8).load_state_dict(state)
+
+
+def test_a_pickle_from_a_gpu_is_read_on_a_machine_without_one():
+    here = small().frozen
+    value = FrozenTensors(here.recipe, here.tensors, here.digest)
+    value.device = torch.device("cuda", 7)
+    assert pickle.loads(pickle.dumps(value)).device.type == "cpu"
 
 
 def test_weights_against_loops_and_layers_differ():
