@@ -1,4 +1,5 @@
-"""A linear map in float32 of an input that is kept in its own dtype.
+"""A linear map in float32 of an input that is kept in its own dtype, and an identity map with a graph to
+parameters that a pass does not use.
 
 Legend: ``T`` tokens, ``D`` hidden size, ``E`` outputs.
 """
@@ -44,4 +45,30 @@ class _Float32Linear(torch.autograd.Function):
             (grad_TE @ W_ED).to(x_TD.dtype) if need_x else None,
             grad_TE.t() @ x_TD.float() if need_W else None,
             grad_TE.sum(0) if need_b else None,
+        )
+
+
+def reaching(value: Tensor, *parameters: Tensor) -> Tensor:
+    """``value``, with a graph in which the backward pass gives ``parameters`` zero gradients.
+
+    A method that does not use a parameter in some passes needs this: hosts that reduce gradients during
+    the backward pass wait for the gradient of every parameter (megatron-core's overlap raises an error,
+    param_and_grad_buffer.py:206).
+    """
+    reached: Tensor = _Reaching.apply(value, *parameters)  # type: ignore[no-untyped-call]
+    return reached
+
+
+class _Reaching(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters  # not saved tensors: hooks that offload activations would move them
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        wanted = ctx.needs_input_grad[1:]
+        return gradient, *(
+            torch.zeros_like(each) if need else None
+            for each, need in zip(ctx.parameters, wanted, strict=True)
         )

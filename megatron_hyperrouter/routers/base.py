@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
@@ -188,6 +188,19 @@ class Router(nn.Module):
                     rule = f"must be at most --router.num-groups = {self.num_groups}"
                     remedy = f"use at most {self.num_groups}"
                     yield Problem("--router.group-topk", self.group_topk, rule, remedy)
+
+        def unused(
+            self, used: Mapping[str, tuple[str, tuple[str, ...]]], present: Mapping[str, str]
+        ) -> Iterator[Problem]:
+            """Options that were set without an effect.  ``used``: for each option, the other option that
+            decides, and its values with which there is an effect; ``present``: values of the other options.
+            """
+            for name, (option, values) in used.items():
+                value = getattr(self, name)
+                if present[option] not in values and value != getattr(type(self), name):
+                    rule = f"has no effect with --router.{option} {present[option]}"
+                    remedy = f"leave it out, or use --router.{option} {' or '.join(values)}"
+                    yield Problem(f"--router.{name.replace('_', '-')}", value, rule, remedy)
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             """Warnings about these options for a run whose smallest k is ``topk``."""

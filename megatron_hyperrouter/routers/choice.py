@@ -26,7 +26,7 @@ micro-batches so far, which depends on the number of replicas.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
@@ -290,18 +290,3 @@ def without_tokens(what: str, instead: str) -> str:
         "megatron_hyperrouter.RouterSteps for the model, call its begin() and end() around "
         "each step, and its arrive() before each micro-batch"
     )
-
-
-def unused(
-    config: Router.Config, used: Mapping[str, tuple[str, tuple[str, ...]]], present: Mapping[str, str]
-) -> Iterator[Problem]:
-    """Options that were set without an effect.  ``used``: for each option, the other option that decides, and
-    the values with which it has an effect; ``present``: the values of those other options.
-    """
-    for name, (option, values) in used.items():
-        value = getattr(config, name)
-        if present[option] in values or value == getattr(type(config), name):
-            continue
-        rule = f"has no effect with --router.{option} {present[option]}"
-        remedy = f"leave it out, or use --router.{option} {' or '.join(values)}"
-        yield Problem(f"--router.{name.replace('_', '-')}", value, rule, remedy)

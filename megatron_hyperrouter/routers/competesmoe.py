@@ -54,7 +54,6 @@ from megatron_hyperrouter.ops.balance import switch_loss, token_mean
 from megatron_hyperrouter.ops.coin import shared_coin
 from megatron_hyperrouter.ops.linear import float32_linear, float32_maths
 from megatron_hyperrouter.routers.base import Pass, Router, Routing, RunFacts, uncompiled
-from megatron_hyperrouter.routers.choice import unused
 
 Coefficient = Annotated[float, Ge(0.0)]
 
@@ -148,7 +147,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
                 "loss": ("version", ("v1",)),
                 "theta": ("version", ("v2",)),
             }
-            yield from unused(self, used, {"version": self.version, "schedule": self.chosen("schedule")})
+            yield from self.unused(used, {"version": self.version, "schedule": self.chosen("schedule")})
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             """Warns if no layer ever competes, and if the weights give the router no gradient."""

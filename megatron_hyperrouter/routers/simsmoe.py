@@ -39,11 +39,10 @@ from torch import Tensor, nn
 from megatron_hyperrouter.config.kinds import Count
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.errors import Problem
-from megatron_hyperrouter.ops.linear import float32_linear, float32_maths
-from megatron_hyperrouter.ops.reaching import reaching
+from megatron_hyperrouter.ops.linear import float32_linear, float32_maths, reaching
 from megatron_hyperrouter.ops.similarity import linear_cka, median_distance, rbf_cka
 from megatron_hyperrouter.routers.base import Pass, Router, Routing, StepCounts
-from megatron_hyperrouter.routers.choice import no_gradient_at_k1, unused, without_counts
+from megatron_hyperrouter.routers.choice import no_gradient_at_k1, without_counts
 
 
 class SimSMoERouter(Router, name="simsmoe"):
@@ -123,7 +122,7 @@ class SimSMoERouter(Router, name="simsmoe"):
                 "sigma": ("kernel", ("rbf",)),
                 "head_width": ("head", ("mlp",)),
             }
-            yield from unused(self, used, {"kernel": self.kernel, "head": self.head})
+            yield from self.unused(used, {"kernel": self.kernel, "head": self.head})
             if self.max_tokens < self.min_tokens:
                 rule = f"must be at least --router.min-tokens = {self.min_tokens}"
                 yield Problem(

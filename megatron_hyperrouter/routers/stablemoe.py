@@ -47,7 +47,7 @@ from megatron_hyperrouter.config.kinds import Count, Natural
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.balance import overload_loss, token_mean
-from megatron_hyperrouter.ops.reaching import reaching
+from megatron_hyperrouter.ops.linear import reaching
 from megatron_hyperrouter.routers.base import Pass, Router, Routing, uncompiled
 from megatron_hyperrouter.routers.choice import without_tokens
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_hyperrouter.ops.balance import token_mean
-from megatron_hyperrouter.ops.reaching import reaching
+from megatron_hyperrouter.ops.linear import reaching
 from megatron_hyperrouter.ops.topk import best_experts
 from megatron_hyperrouter.routers.base import Pass, Router, Routing, StepCounts
 
