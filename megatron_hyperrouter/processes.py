@@ -28,6 +28,19 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def open_standard_streams() -> None:
+    """Open /dev/null in place of standard streams that are closed, as after ``>&-``.  Otherwise the next file
+    that is opened would get the number of the stream, and the output of a library would go into this file.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+
+
 def restart_in_utf8() -> None:
     """Start this command again in Python's UTF-8 mode if Python reads file names in another encoding.
 

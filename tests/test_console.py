@@ -211,6 +211,15 @@ def test_output_that_has_no_room_is_no_traceback(words):
         assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("words", ["--help", "train --help router hyper", "train --mock-data --lr x"])
+def test_standard_streams_that_are_closed(words):
+    """``>&-``: another file must not take their place."""
+    command = f"{sys.executable} -m megatron_hyperrouter {words} >&- <&-"
+    done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (2 if "--lr" in words else 0)
+
+
 ON_A_TERMINAL = """
 from megatron_hyperrouter import console
 console.table([("router", "hyper, 8 experts in each of 2 layers"), ("run folder", "runs/a")])

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from megatron_hyperrouter.commands.names import GROUPS, Command
 from megatron_hyperrouter.errors import ConfigError, Problem
+from megatron_hyperrouter.processes import open_standard_streams, restart_in_utf8
 
 _COMMANDS: dict[str, Command] = {
     name: command for group in GROUPS.values() for name, command in group.items()
@@ -27,6 +28,7 @@ Start with one of these:
 
 def mhr() -> NoReturn:
     """The console script: runs the command that the first argument names."""
+    open_standard_streams()
     words = sys.argv[1:]
     if not words:
         _show(_NEXT)
@@ -48,8 +50,7 @@ def mhr() -> NoReturn:
 
 def start(name: str) -> NoReturn:
     """Run the command ``name`` with ``sys.argv[1:]`` and end the process with its exit status."""
-    from megatron_hyperrouter.processes import restart_in_utf8
-
+    open_standard_streams()  # tools/*.py come here at once
     restart_in_utf8()
     from megatron_hyperrouter.compat.host_logs import silence_imports
 
