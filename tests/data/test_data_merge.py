@@ -4,11 +4,14 @@ other settings.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from encode_settings import settings
@@ -206,6 +209,24 @@ def test_empty_shards_join_and_an_empty_whole_is_refused(tmp_path: Path) -> None
         preprocess([str(path)], str(tmp_path / "p"), recipe, part=InputRange(number, 2))
     with pytest.raises(DataError, match=r"a\.jsonl: all 1 documents are empty"):
         merge(str(tmp_path / "p"))
+
+
+def test_shards_that_cannot_be_removed_are_a_message(
+    tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a folder with the sticky bit, where the shards belong to somebody else."""
+    unlink = Path.unlink
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> None:
+        if ".shard-" in path.name:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        unlink(path, *arguments, **options)
+
+    prefix = shards(tmp_path, inputs, 2)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(DataError, match=r"are merged, but .*\.shard-.* cannot be removed: Operation not"):
+        merge(prefix, remove_shards=True)
+    assert len(contents(tmp_path / "p")) == 6
 
 
 def test_two_at_once_and_an_unfinished_run_are_kept_apart(tmp_path: Path, inputs: list[str]) -> None:

@@ -45,8 +45,16 @@ def merge(
     for shards in found.values() if remove_shards else ():
         for shard, _ in shards:
             for ending in (ENDING, ".idx", ".bin"):
-                Path(shard + ending).unlink(missing_ok=True)
+                _remove(shard + ending)
     return written
+
+
+def _remove(path: str) -> None:
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        message = f"the shards are merged, but {path} cannot be removed: {error.strerror or error}"
+        raise DataError(message, remedy="remove the shards yourself; nothing else is left to do") from error
 
 
 def _join(
