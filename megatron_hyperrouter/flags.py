@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_hyperrouter.errors import BadValue, ConfigError, Problem
-from megatron_hyperrouter.paths import expanded
+from megatron_hyperrouter.paths import expanded, why_closed
 
 _KINDS = {"int": "an integer", "float": "a finite number", "size": "a size such as 500MB or 5GB"}
 _LIKENESS = 0.7
@@ -21,6 +21,8 @@ _WIDEST = 108  # columns; longer lines are hard to read
 _ROW = re.compile(r"(?P<head> +\S.{0,24}? {2,})(?P<text>\S.*)")
 # what --help calls a value that is a path, or a list of them
 PATHS = re.compile(r"FILE(\.\w+)?|DIR|FOLDER|P|RUN|RUN_DIR|RUN_OR_(FOLDER|STUDY)|tokenizer\.json")
+# what --help calls a value that is a folder which the command looks into
+_FOLDERS = re.compile(r"DIR|FOLDER|RUN|RUN_DIR|RUN_OR_(FOLDER|STUDY)")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -57,6 +59,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """Refuses what it cannot read with a :class:`ConfigError`."""
 
+    checks_folders = True  # refuses a folder that this user may not look into
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As argparse; no flag of type float takes nan or inf."""
         super().__init__(*args, **kwargs)
@@ -79,14 +83,21 @@ class Parser(argparse.ArgumentParser):
         """Called by argparse for each value.  Paths are expanded here, because a shell leaves ``~`` in
         ``--load=~/run`` as it is, and no shell reads the values in a YAML file.
         """
-        is_path = isinstance(action.metavar, str) and PATHS.fullmatch(action.metavar)
-        if action.type is Path or is_path:
+        kind = action.metavar if isinstance(action.metavar, str) else ""
+        if action.type is Path or PATHS.fullmatch(kind):
+            name = "/".join(action.option_strings) or kind
             try:
                 arg_string = expanded(arg_string)
             except BadValue as bad:
-                name = "/".join(action.option_strings) or str(action.metavar)
                 shown = arg_string if arg_string.strip() else repr(arg_string)
                 self.refuse(name, shown, bad.rule, bad.remedy)
+            if self.checks_folders and _FOLDERS.fullmatch(kind) and (why := why_closed(arg_string)):
+                self.refuse(
+                    name,
+                    arg_string,
+                    f"cannot be used ({why})",
+                    "change its permissions, or give another folder",
+                )
         return super()._get_value(action, arg_string)
 
     def error(self, message: str) -> NoReturn:

@@ -1,7 +1,8 @@
-"""The one rule for paths that a user writes, on a command line or in a YAML file."""
+"""The rules for paths that a user writes, on a command line or in a YAML file."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 
@@ -46,6 +47,18 @@ def expanded(path: str) -> str:
                 "starts with the home folder of an unknown user", "write ./~ if the name really starts with ~"
             )
     return full
+
+
+def why_closed(path: str) -> str:
+    """Why the system refuses to look into a folder or for it, such as "Permission denied"; empty if it does
+    not refuse, and if there is no such folder.
+    """
+    try:
+        os.stat(os.path.join(path, "."))
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return error.strerror or str(error)
+    return ""
 
 
 def unexpanded(path: str | os.PathLike[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -130,6 +131,25 @@ def test_a_number_is_finite(word: str) -> None:
     assert read("--factor", "1e-3")["factor"] == 1e-3
     with pytest.raises(ConfigError, match=f"--factor = {word}: must be a finite number"):
         read(f"--factor={word}")
+
+
+def test_a_folder_that_cannot_be_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = parser("x")
+    flags.add_argument("run", type=Path, metavar="RUN")
+    flags.add_argument("--output", type=Path, metavar="DIR")
+    name = "x" * 256  # bytes; file systems allow 255
+    with pytest.raises(ConfigError, match=rf"--output = {name}: cannot be used"):
+        flags.parse_args(["run", "--output", name])
+    with pytest.raises(ConfigError, match=rf"RUN = {name}: cannot be used \(File name too long\)"):
+        flags.parse_args([name])
+    assert flags.parse_args([str(tmp_path / "new")]).run == tmp_path / "new"
+
+    def closed(path: str) -> os.stat_result:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("megatron_hyperrouter.paths.os.stat", closed)
+    with pytest.raises(ConfigError, match=r"RUN = .*: cannot be used \(Permission denied\)"):
+        flags.parse_args([str(tmp_path)])
 
 
 @pytest.fixture

@@ -14,13 +14,18 @@ source examples/cluster/run_folder.sh "$@"
 # torchrun turns every exit status into 1. Therefore check the settings before torchrun starts.
 ranks=${PET_NPROC_PER_NODE:-1}
 [[ $ranks =~ ^[0-9]+$ ]] || ranks=$(nvidia-smi -L | wc -l)
-flags=(--run-dir "$run_dir" --load "$run_dir" "$@")
-python pretrain_gpt_hyperrouter.py "${flags[@]}" --dry-run --world-size "$((${PET_NNODES:-1} * ranks))" >/dev/null || exit 42
+flags=(--run-dir "$run_dir" "${load[@]}" "$@")
+status=0
+python pretrain_gpt_hyperrouter.py "${flags[@]}" --dry-run --world-size "$((${PET_NNODES:-1} * ranks))" >/dev/null || status=$?
+case $status in
+  0) ;;
+  2 | 3 | 5) exit 42 ;;
+  *) exit "$status" ;; # too little memory, or a file server that does not answer: a restart may help
+esac
 
 torchrun --shutdown-timeout 240 pretrain_gpt_hyperrouter.py "${flags[@]}" &
 child=$!
 trap 'kill -TERM "$child"' TERM INT
-status=0
 wait "$child" || status=$?
 while kill -0 "$child" 2>/dev/null; do # a signal has ended the wait, but not the child
   status=0

@@ -1,11 +1,12 @@
-# Source this file with the flags of the program. It sets run_dir to the value of --run-dir, or else to run_dir of the settings
-# file, or else to runs/cluster.
+# Source this file with the flags of the program. It sets run_dir to the value of --run-dir (or of --save, its name in Megatron-LM), or
+# else to run_dir of the settings file, or else to runs/cluster. The array load continues the run in that folder. It is empty if the
+# settings file names the weights with which a new run begins.
 # shellcheck shell=bash
 run_dir='' config=''
 for ((i = 1; i <= $#; i++)); do
   case ${!i} in
-    --run-dir) next=$((i + 1)) && run_dir=${!next} ;;
-    --run-dir=*) run_dir=${!i#*=} ;;
+    --run[-_]dir | --save) next=$((i + 1)) && run_dir=${!next} ;;
+    --run[-_]dir=* | --save=*) run_dir=${!i#*=} ;;
     --config) next=$((i + 1)) && config=${!next} ;;
     --config=*) config=${!i#*=} ;;
   esac
@@ -19,6 +20,11 @@ case $config in
     ;;
 esac
 if [ -z "$run_dir" ] && [ -f "$config" ]; then
-  run_dir=$(sed -n "s/^run_dir: *[\"']\{0,1\}\([^\"'#]*[^\"'# ]\).*/\1/p" "$config" | head -n 1)
+  run_dir=$(sed -nE "s/^(run[-_]dir|save): *[\"']?([^\"'#]*[^\"'# ]).*/\2/p" "$config" | head -n 1)
 fi
 run_dir=${run_dir:-runs/cluster}
+load=(--load "$run_dir")
+if [ -f "$config" ] && grep -q '^load:' "$config" && ! compgen -G "$run_dir/checkpoints/step_*" >/dev/null; then
+  # shellcheck disable=SC2034 # the script that sources this file uses it
+  load=()
+fi

@@ -47,8 +47,8 @@ export PYTHONUNBUFFERED=1
 
 # shellcheck source=examples/cluster/run_folder.sh
 source examples/cluster/run_folder.sh "$@"
-given=" $* "
-settings=(--run-dir "$run_dir" --load "$run_dir")
+given=" ${*//_/-} " # the program takes --mock_data for --mock-data
+settings=(--run-dir "$run_dir" "${load[@]}")
 [ -z "${ENGINE:-}" ] || settings+=(--engine "$ENGINE")
 if [[ $given != *" --config"* ]]; then
   [ -n "${ENGINE:-}" ] || settings+=(--engine megatron)

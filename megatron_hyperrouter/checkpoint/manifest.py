@@ -96,8 +96,16 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def refuse_unlisted(folder: Path, files: Mapping[str, Any]) -> None:
-    """CheckpointError for a file that looks like a part of the checkpoint, but is not listed."""
-    found = (path for pattern in _READ for path in folder.glob(pattern) if not path.is_dir())
+    """CheckpointError for a file that looks like a part of the checkpoint, but is not listed.
+
+    No reader opens hidden files, such as those that file managers and NFS leave.
+    """
+    found = (
+        path
+        for pattern in _READ
+        for path in folder.glob(pattern)
+        if not path.is_dir() and not path.name.startswith(".")
+    )
     if unlisted := sorted({path.relative_to(folder).as_posix() for path in found} - set(files)):
         raise CheckpointError(
             f"{folder / unlisted[0]} is not a file of this checkpoint: {MANIFEST} does not list it",

@@ -18,13 +18,14 @@ from megatron_hyperrouter.checkpoint.manifest import (
     sealed_steps,
     step_of,
 )
-from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.errors import CheckpointError, reason_of
 
 LATEST = "latest"
 PROVED = "proved"  # names the newest checkpoint that a healthy step has followed
 KEPT = "kept"  # names checkpoints, one a line, that are never removed
 NEW_LATEST = ".latest-"  # and a folder's name: the next ``latest``, written before that folder is in place
 _LONGEST = 100  # bytes of a pointer
+_CHECK = "check its permissions, and check the disk for errors"
 
 
 class Pointer(NamedTuple):
@@ -42,9 +43,13 @@ def find(load: Path) -> Path | None:
     whose files are all intact, with a warning.  CheckpointError if there are checkpoints and none is
     usable.
     """
-    if (load / MANIFEST).is_file():
-        return load
-    if step_of(load) is not None and load.is_dir():
+    try:
+        if (load / MANIFEST).is_file():
+            return load
+        is_incomplete = step_of(load) is not None and load.is_dir()
+    except OSError as error:
+        raise CheckpointError(f"{load} cannot be read: {reason_of(error)}", remedy=_CHECK) from error
+    if is_incomplete:
         message = f"{load / MANIFEST} is missing, so this checkpoint is incomplete"
         raise CheckpointError(message, remedy=older(load))
     for root in (load / "checkpoints", load):
@@ -97,10 +102,7 @@ def _that_counts(root: Path) -> Path | None:
     try:
         sealed = sealed_steps(root) if root.is_dir() else []
     except OSError as error:
-        message = f"{root} cannot be read: {error}"
-        raise CheckpointError(
-            message, remedy="check its permissions, and check the disk for errors"
-        ) from error
+        raise CheckpointError(f"{root} cannot be read: {reason_of(error)}", remedy=_CHECK) from error
     step, problem = _read(root / LATEST)
     if step in sealed and step is not None:
         return root / folder_name(_finished(root, step, sealed))
@@ -166,7 +168,7 @@ def _read(pointer: Path) -> Pointer:
         return Pointer(None, "")
     except OSError as error:
         return Pointer(None, f"cannot be read ({os.strerror(error.errno or 0)})")
-    text = content.decode(errors="replace").strip("\0 \t\r\n")
+    text = content.decode("utf-8-sig", errors="replace").strip("\0 \t\r\n")  # an editor may have written it
     if not text:
         return Pointer(None, "is empty")
     step = step_of(Path(text)) if text == Path(text).name else None

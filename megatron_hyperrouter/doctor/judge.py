@@ -191,7 +191,7 @@ def _limits(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
         lost = [
             f"{each['host']} ({'resolves to ' + each['resolves'] if each['resolves'] else 'is unknown'})"
             for each in facts
-            if not each["resolves"] or each["resolves"].startswith("127.")
+            if not each["resolves"] or each["resolves"].startswith("127.") or each["resolves"] == "::1"
         ]
         if lost:
             text = f"the host name of a machine does not resolve to its network address: {first_of(lost)}"

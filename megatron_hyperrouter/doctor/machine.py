@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -116,10 +117,10 @@ def _extra(module: str) -> str | None:
 
 def _address() -> str:
     """The address of this host's own name, which gloo uses; empty if the name is not known."""
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return ""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError):
+            return str(socket.getaddrinfo(socket.gethostname(), None, family)[0][4][0])
+    return ""
 
 
 def _gpu() -> str:

@@ -33,8 +33,10 @@ def examine_ports(ranks: Ranks, names: Sequence[str]) -> list[Finding]:
     """Each rank connects to the next one, on a port that the system chooses (collective)."""
     if ranks.size == 1:
         return _loopback()
-    with socket.create_server(("", 0)) as server:
-        own = (_own_address(ranks), server.getsockname()[1])
+    address = _own_address()
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server(("", 0), family=family) as server:
+        own = (address, server.getsockname()[1])
         places = ranks.tell("ports/all", ranks.gather("ports", own))
         answer = _connect(*places[(ranks.rank + 1) % ranks.size])
         told = ranks.gather("ports/answers", answer)
@@ -194,7 +196,7 @@ def _connect(host: str, port: int) -> str:
     return ""
 
 
-def _own_address(ranks: Ranks) -> str:
+def _own_address() -> str:
     """The address that this machine uses to reach rank 0's machine; no packet is sent."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][0]

@@ -27,16 +27,20 @@ class BadSteps:
     policy: str  # --on-bad-step
     sigma: float | None  # --max-loss-sigma
     window: int  # --loss-window
-    # skipped steps: those of --skip-steps, and those found bad
-    skipped: set[int] = field(default_factory=set)
+    asked: set[int] = field(default_factory=set)  # to be skipped: --skip-steps
+    found: set[int] = field(default_factory=set)  # skipped because they, or later steps, were bad
     in_a_row: int = 0
     _good: deque[tuple[float, float]] = field(default_factory=deque)
 
     @classmethod
-    def of(cls, settings: GuardConfig) -> BadSteps:
-        """The judge that the settings ask for."""
-        skipped = set(steps_of(settings.skip_steps))
-        return cls(settings.on_bad_step, settings.max_loss_sigma, settings.loss_window, skipped)
+    def of(cls, settings: GuardConfig, *, last: int) -> BadSteps:
+        """The judge that the settings ask for; ``last``: the last step of the run."""
+        asked = set(steps_of(settings.skip_steps, last=last))
+        return cls(settings.on_bad_step, settings.max_loss_sigma, settings.loss_window, asked)
+
+    def takes_part(self, step: int) -> bool:
+        """False for a step whose data are read but not trained on."""
+        return step not in self.asked and step not in self.found
 
     def reason(self, result: StepResult) -> str:
         """Why the step is bad; empty if it is good."""
@@ -68,7 +72,7 @@ class BadSteps:
 
     def leave_out(self, steps: Iterable[int]) -> bool:
         """Skip these steps, of which the last is bad; False if too many in a row were bad."""
-        self.skipped |= set(steps)
+        self.found |= set(steps)
         self.in_a_row += 1
         return self.in_a_row < _MOST_IN_A_ROW
 
@@ -76,27 +80,29 @@ class BadSteps:
         """The state that a checkpoint saves, as JSON."""
         return {
             "good": [list(pair) for pair in self._good],
-            "skipped": sorted(self.skipped),
+            "skipped": sorted(self.found),
             "in_a_row": self.in_a_row,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state` gave; steps that were found bad since then are still skipped."""
         self._good = deque((float(loss), float(norm)) for loss, norm in state["good"])
-        self.skipped |= {int(step) for step in state["skipped"]}
+        self.found |= {int(step) for step in state["skipped"]}
         self.in_a_row = max(self.in_a_row, int(state["in_a_row"]))  # more after a return to a checkpoint
 
 
-def steps_of(ranges: Iterable[str]) -> Iterable[int]:
-    """``("105-107", "300")`` -> 105, 106, 107, 300; ValueError if a word is not a range of steps."""
+def steps_of(ranges: Iterable[str], *, last: int) -> Iterable[int]:
+    """``("105-107", "300")`` -> 105, 106, 107, 300, without those after ``last``; ValueError if a word is not
+    a range of steps.
+    """
     for word in ranges:
-        first, dash, last = word.partition("-")
-        if not (first.isdecimal() and (last.isdecimal() or not dash)):
+        first, dash, final = word.partition("-")
+        if not (first.isdecimal() and (final.isdecimal() or not dash)):
             raise ValueError(f"{word} must be a step or a range of steps, such as 105-107")
-        begin, end = int(first), int(last or first)
+        begin, end = int(first), int(final or first)
         if not 1 <= begin <= end:
             raise ValueError(f"{word} must start at step 1 or later and end at the same or a later step")
-        yield from range(begin, end + 1)
+        yield from range(begin, min(end, last) + 1)
 
 
 def attribution(first: StepResult, second: StepResult, parts: Sequence[OwnPart]) -> str:

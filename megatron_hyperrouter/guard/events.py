@@ -48,7 +48,7 @@ class EventsFile:
 def read_events(path: Path) -> list[dict[str, Fact]]:
     """All complete lines; empty if there is no file."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
     except FileNotFoundError:
         return []
     found = []

@@ -55,10 +55,11 @@ class Progress:
     step: int = 0
     phase: str = "start"
     since: float = field(default_factory=time.time)
+    moved: float = field(default_factory=time.monotonic)  # the same, by a clock that nobody sets
 
     def enter(self, phase: str, step: int) -> None:
         """Begin a phase, or record progress in it."""
-        self.step, self.phase, self.since = step, phase, time.time()
+        self.step, self.phase, self.since, self.moved = step, phase, time.time(), time.monotonic()
 
     def through(self, items: Iterable[Item], getting: str, working: str, step: int) -> Iterator[Item]:
         """Yields the same items; the phase is ``getting`` while one is fetched, and ``working``
@@ -120,7 +121,10 @@ def read_beats(folder: Path, world_size: int | None = None) -> dict[int, Beat]:
     attempt had.
     """
     found: dict[int, Beat] = {}
-    for path in sorted(folder.glob("rank-*.json")):
+    paths: list[Path] = []
+    with contextlib.suppress(OSError):  # a file server may be unreachable for a while
+        paths = sorted(folder.glob("rank-*.json"))
+    for path in paths:
         with contextlib.suppress(OSError, ValueError, TypeError):
             beat = Beat(**json.loads(path.read_text(encoding="utf-8")))
             if _is_sound(beat) and (world_size is None or beat.rank < world_size):

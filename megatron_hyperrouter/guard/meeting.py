@@ -99,6 +99,9 @@ def wait_for_name(host: str) -> None:
                     "set MASTER_ADDR to the address of rank 0, or correct DNS or /etc/hosts on this machine"
                 )
                 raise ConfigError([Problem("MASTER_ADDR", host, rule, remedy)]) from error
+        except UnicodeError as error:  # a part of it is empty or too long, as in a list of hosts
+            rule, remedy = "must be one host name or address", "set MASTER_ADDR to the address of rank 0"
+            raise ConfigError([Problem("MASTER_ADDR", host, rule, remedy)]) from error
         time.sleep(1.0)
 
 

@@ -81,7 +81,7 @@ class Watchdog:
         """
         self._launcher.tell(self._stop)
         self._beat()
-        still = time.time() - self._progress.since
+        still = time.monotonic() - self._progress.moved
         beats = read_beats(self._folder, self._world_size) if self._world_size > 1 else {}
         self._listen(beats)
         limit = self._limit if self._progress.step > self._first else max(self._limit, _FIRST_STEP)

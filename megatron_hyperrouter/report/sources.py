@@ -194,7 +194,7 @@ def _json(path: Path) -> Any:
 def _lines(path: Path) -> list[Record]:
     """All whole lines: a kill may have left the last one half-written."""
     found: list[Record] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:

@@ -149,6 +149,8 @@ class Saving:
                 f"({failure.reason}); saving step {step} instead"
             )
         self._save_now(step)
+        if failed in self._to_keep:
+            self.keep(step)
 
     def close(self) -> None:
         """Close the saving, however the run ends."""

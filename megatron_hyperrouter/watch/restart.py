@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_hyperrouter.errors import STOPPED
 from megatron_hyperrouter.guard.events import OPENING
 from megatron_hyperrouter.watch.status import status_of
-from megatron_hyperrouter.watch.trace import Event, read_trace
+from megatron_hyperrouter.watch.trace import Event, Trace, read_trace
 
 MOST_ATTEMPTS = 3  # in a row that begin at the same step: more would fail in the same way
 _NEVER = {2: "the settings", 3: "the data", 5: "the installation"}  # exit statuses that a restart cannot mend
@@ -41,6 +41,8 @@ def worth_restarting(
         return False, _no_use(recorded)
     if recorded == STOPPED:
         return True, "the run was stopped on request and has saved a checkpoint"
+    if alarm := _stopped_by(trace):
+        return False, f"the alarm {alarm} stopped the run, as --alarm {alarm}=stop asks"
     begun = [each["step"] for each in trace.events if each["event"] in OPENING]
     same = next((number for number, step in enumerate(reversed(begun)) if step != begun[-1]), len(begun))
     if not begun:
@@ -55,6 +57,17 @@ def worth_restarting(
         f"the run ended with exit status {recorded} "
         f"({status.reason.splitlines()[0] if status.reason else 'cause unknown'})"
     )
+
+
+def _stopped_by(trace: Trace) -> str:
+    """The alarm of ``--alarm NAME=stop`` that has ended the newest attempt; empty if none has."""
+    for each in reversed(trace.events):
+        if each["event"] in OPENING:
+            break
+        # a rank whose weights differ gives an alarm as well: a restart may avoid its machine
+        if each["event"] == "alarm" and each.get("action") == "stop" and each.get("alarm") != "replicas":
+            return str(each.get("alarm"))
+    return ""
 
 
 def _unseen(opening: Event, environ: Mapping[str, str]) -> int:

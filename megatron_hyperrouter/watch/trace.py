@@ -23,8 +23,9 @@ from megatron_hyperrouter.watch.checked import checked
 
 _RECENT = 100  # steps that the present speed is taken from
 _TAIL = 4 << 20  # bytes in which the last lines of metrics.jsonl are looked for
-_STEP = re.compile(rb'^\{"step": (\d{1,15}), .*?"step_time": (\d+\.?\d*(?:e[+-]?\d+)?)', re.MULTILINE)
-_LINE = re.compile(rb'^\{"step": (\d{1,15}),', re.MULTILINE)
+_BEGIN = rb'^(?:\xef\xbb\xbf)?\{"step": (\d{1,15}),'  # an editor may have added a byte-order mark
+_STEP = re.compile(_BEGIN + rb' .*?"step_time": (\d+\.?\d*(?:e[+-]?\d+)?)', re.MULTILINE)
+_LINE = re.compile(_BEGIN, re.MULTILINE)
 _TOKENS = re.compile(rb'"tokens_per_second": (\d+\.?\d*(?:e[+-]?\d+)?)')
 Event = dict[str, Any]
 

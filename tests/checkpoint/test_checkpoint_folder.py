@@ -162,6 +162,11 @@ class TestDamage:
             verify(folder, Alone())
         assert name in caught.value.message
 
+    def test_not_of_hidden_files(self, folder: Path) -> None:
+        (folder / "tokenizer").mkdir(exist_ok=True)
+        (folder / "tokenizer/.DS_Store").touch()
+        verify(folder, Alone())
+
     def test_of_the_folders_name(self, folder: Path) -> None:
         folder.rename(folder.with_name("step_0000200"))
         with pytest.raises(

@@ -80,8 +80,9 @@ class TestLatest:
         (root / "latest").unlink()
         assert find(root) is None
 
-    def test_edited_is_a_rewind(self, root: Path) -> None:
-        (root / "latest").write_text("step_0000050\n")
+    @pytest.mark.parametrize("mark", ["", "\ufeff"])  # as some editors begin a file
+    def test_edited_is_a_rewind(self, root: Path, mark: str) -> None:
+        (root / "latest").write_text(f"{mark}step_0000050\r\n", encoding="utf-8")
         assert find(root) == root / "step_0000050"
         aside = CheckpointFolders(root, Alone()).rewind(50)
         assert aside is not None and visible(aside) == ["step_0000100"]
@@ -93,6 +94,11 @@ class TestLatest:
         assert CheckpointFolders(root, Alone()).rewind(100) is None
         assert (root / "latest").read_text() == "step_0000100\n"
         assert visible(root) == ["latest", "step_0000050", "step_0000100"]
+
+
+def test_a_name_that_no_file_system_takes(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"x cannot be read: File name too long"):
+        find(tmp_path / ("x" * 256))
 
 
 def test_keep_prunes_the_oldest(tmp_path: Path) -> None:

@@ -129,6 +129,14 @@ def test_machines_that_are_left_out_need_not_answer(tmp_path: Path, asked: str) 
     assert status == 0, output
     launcher, program = output.split("started ")[1].split("pretrain_gpt_hyperrouter.py")
     assert asked in launcher and "--lr 1e-3" in program and asked not in program
+    assert "--run-dir runs/cluster --load runs/cluster" in program
+
+
+def test_another_run_folder_is_not_continued_from_runs_cluster(tmp_path: Path) -> None:
+    stand_in(tmp_path, "ssh", "exit 0")
+    stand_in(tmp_path, "deepspeed", 'echo "started $*"')
+    _, output = start(tmp_path, "node1 slots=2", "--run-dir", "runs/b")
+    assert "--run-dir runs/b --load runs/b" in output and "--load runs/cluster" not in output
 
 
 def test_pdsh_is_missing(tmp_path: Path) -> None:

@@ -79,6 +79,15 @@ def test_the_master_is_the_first_pod_of_the_headless_service() -> None:
     assert address == f"{name}-{spec['replicatedJobs'][0]['name']}-0-0.{spec['network']['subdomain']}"
 
 
+@pytest.mark.parametrize(("dry_run", "status"), [(2, 42), (3, 42), (5, 42), (1, 1), (137, 137)])
+def test_a_check_that_fails_for_another_reason_ends_no_job(tmp_path: Path, dry_run: int, status: int) -> None:
+    (tmp_path / "python").write_text(f"#!/bin/sh\nexit {dry_run}\n")
+    (tmp_path / "python").chmod(0o755)
+    script = REPOSITORY / "examples" / "cluster" / "node.sh"
+    path = f"{tmp_path}:/usr/bin:/bin"
+    assert subprocess.run(["bash", str(script)], env=environment(PATH=path), check=False).returncode == status
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("more", "status"),

@@ -42,13 +42,36 @@ def test_a_rank_for_each_gpu_with_its_share_of_the_cores(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "text", ["run_dir: runs/mine", 'run_dir: "runs/mine"', "run_dir: 'runs/mine' # here"]
+    "text",
+    [
+        *("run_dir: runs/mine", 'run_dir: "runs/mine"', "run_dir: 'runs/mine' # here"),
+        *("run-dir: runs/mine", "save: runs/mine"),
+    ],
 )
 def test_the_run_folder_is_that_of_the_settings(tmp_path: Path, text: str) -> None:
     (tmp_path / "my.yaml").write_text(f"num_layers: 2\n{text}\n")
     (line,) = asked(tmp_path, "--config", tmp_path / "my.yaml")
     assert "--run-dir runs/mine --load runs/mine" in line and line.count("--config") == 1
     assert "--ntasks 2 --ntasks-per-node 1 --cpus-per-task 96" in line and "--engine" not in line
+
+
+@pytest.mark.parametrize(
+    "words", [["--run_dir", "r/a_b"], ["--run_dir=r/a_b"], ["--save", "r/a_b"], ["--save=r/a_b"]]
+)
+def test_other_spellings_of_the_run_folder(tmp_path: Path, words: list[str]) -> None:
+    (line,) = asked(tmp_path, *words, "--mock_data")
+    assert "--run-dir r/a_b --load r/a_b" in line and "--tokenizer-type NullTokenizer" in line
+
+
+def test_a_new_run_begins_with_the_weights_that_its_settings_name(tmp_path: Path) -> None:
+    """Once it has checkpoints, it continues them."""
+    (tmp_path / "my.yaml").write_text(f"run_dir: {tmp_path}/run\nload: runs/base\nfinetune: true\n")
+    (line,) = asked(tmp_path, "--config", tmp_path / "my.yaml")
+    assert "--run-dir" in line and "--load" not in line
+    (tmp_path / "run/checkpoints/step_0000001").mkdir(parents=True)
+    (tmp_path / "again").mkdir()
+    (line,) = asked(tmp_path / "again", "--config", tmp_path / "my.yaml")
+    assert f"--run-dir {tmp_path}/run --load {tmp_path}/run" in line
 
 
 def test_the_settings_are_in_the_home_folder(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def test_good_values(name, raw, value):
         ("hidden_size", 0, "an integer >= 1"),
         ("hidden_size", None, "an integer >= 1"),
         ("hidden_size", [1], "an integer >= 1"),
+        ("loss_window", 1, "an integer >= 2"),  # the standard deviation of one number
         ("zero_stage", "4", "an integer >= 0 and <= 3"),
         ("lr", "nan", "a number >= 0"),
         ("lr", float("inf"), "a number >= 0"),

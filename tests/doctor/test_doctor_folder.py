@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hyperrouter.commands.cluster.doctor import main
 from megatron_hyperrouter.doctor import folder
 from megatron_hyperrouter.doctor.finding import Finding
 from megatron_hyperrouter.doctor.ranks import Ranks
+from megatron_hyperrouter.errors import ConfigError
 
 
 def examined(run_dir: Path) -> dict[str, Finding]:
@@ -51,6 +53,12 @@ def test_a_name_that_is_too_long_is_a_finding(tmp_path: Path) -> None:
     found = examined(tmp_path / "runs" / ("x" * 300))
     assert found["run folder"].level == "fault" and "File name too long" in found["run folder"].text
     assert tree(tmp_path) == []
+
+
+def test_a_size_that_no_checkpoint_has() -> None:
+    for words in ("1e300", "0"):
+        with pytest.raises(ConfigError, match=r"--checkpoint-gb = .*: must be greater than 0 and less than"):
+            main(["--checkpoint-gb", words])
 
 
 def test_a_file_that_another_program_puts_there_stays(

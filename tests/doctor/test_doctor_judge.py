@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -81,6 +83,23 @@ def test_all_alike() -> None:
     assert levels(*[{"open_files": 1024, "host": str(rank)} for rank in range(300)]) == {
         "open files": "fault"
     }
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_ports_of_machines_with_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "::1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [Ranks(rank, 2, store) for rank in range(2)]
+        first, _ = pool.map(network.examine_ports, ranks, [["a", "b"]] * 2)
+    assert [(found.check, found.level) for found in first] == [("ports", "ok")]
 
 
 def test_a_slow_pair() -> None:

@@ -105,6 +105,13 @@ class TestFormat1:
         torch.load(tmp_path / "state-00000.pt", weights_only=False)
         assert Code.mark.exists()  # so the file is one that shows it
 
+    def test_weights_alone_are_no_checkpoint_to_continue(self, tmp_path: Path) -> None:
+        """As ``mhr average`` and ``mhr import-hf`` write them."""
+        for trusted in (False, True):
+            with pytest.raises(CheckpointError, match="has weights but no optimizer state") as caught:
+                read_state(tmp_path, 0, ranks=1, trusted=trusted, stacked=True)
+            assert "--finetune" in caught.value.remedy
+
     @pytest.mark.parametrize(
         "content",
         [

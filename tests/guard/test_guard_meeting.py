@@ -128,6 +128,9 @@ def test_a_name_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     meeting.wait_for_name("127.0.0.1")
     with pytest.raises(ConfigError, match=r"MASTER_ADDR = node7\.invalid: cannot be resolved on "):
         meeting.wait_for_name("node7.invalid")
+    for hosts in (",".join(f"node{number:03}" for number in range(10)), "node7..cluster"):
+        with pytest.raises(ConfigError, match=rf"MASTER_ADDR = {hosts}: must be one host name or address"):
+            meeting.wait_for_name(hosts)
 
 
 def test_a_store_that_an_earlier_attempt_has_written_to(monkeypatch: pytest.MonkeyPatch) -> None:

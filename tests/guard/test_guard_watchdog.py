@@ -44,6 +44,7 @@ def dog(folder: Path, progress: Progress, *, rank: int = 0, limit: float = 10.0,
 def moved_on(progress: Progress, step: int, ago: float) -> None:
     progress.enter("step", step)
     progress.since -= ago
+    progress.moved -= ago
 
 
 class TestWhoIsNamed:
@@ -131,6 +132,15 @@ class TestRounds:
         watch.look()
         assert not ended
 
+    def test_a_clock_that_is_set_is_no_hang(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        progress, ended = Progress(), []
+        watch = dog(tmp_path, progress, ended=ended)
+        moved_on(progress, 56, ago=0.0)
+        now = time.time()
+        monkeypatch.setattr(watchdog.time, "time", lambda: now + 3600)
+        watch.look()
+        assert not ended
+
     def test_a_launcher_that_died_is_a_request_to_stop(self, tmp_path: Path) -> None:
         request, progress = StopRequest(), Progress()
         progress.enter("step", 1)
@@ -168,6 +178,15 @@ def test_beats_of_an_earlier_attempt_on_more_ranks_name_nobody(tmp_path: Path) -
         write_beat(tmp_path, replace(BEAT, rank=rank))
     file_of(tmp_path, 0).write_text(json.dumps({**asdict(BEAT), "step": "many"}))
     assert set(read_beats(tmp_path, 2)) == {1} and set(read_beats(tmp_path)) == {1, 3}
+
+
+def test_a_file_server_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(self: Path, pattern: str) -> None:
+        raise OSError(116, "Stale file handle")
+
+    write_beat(tmp_path, BEAT)
+    monkeypatch.setattr(Path, "glob", stale)
+    assert read_beats(tmp_path) == {}
 
 
 def test_files_of_few_and_of_many_ranks(tmp_path: Path) -> None:

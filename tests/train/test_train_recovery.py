@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -69,6 +69,16 @@ def test_skipping_is_naming_the_step_beforehand(config: RunConfig, tmp_path: Pat
     ]
 
 
+def test_steps_that_are_named_no_more_are_not_skipped(config: RunConfig) -> None:
+    """Those that were found bad are."""
+    named = policy(change(config, "checkpoint", exit_interval=6), "skip", skip_steps=("8-9",))
+    run(named, engine=Faulty({5: math.nan}))
+    again = change(named, "checkpoint", load=config.logging.run_dir, exit_interval=None)
+    again = change(again, "guard", skip_steps=())
+    run(again, engine=Faulty({}))
+    assert [record["step"] for record in lines(config) if "skipped" in record] == [5]
+
+
 def test_rolling_back_leaves_out_all_steps_since_the_checkpoint(config: RunConfig, tmp_path: Path) -> None:
     back = run(policy(config, "rollback"), engine=Faulty({5: math.inf}))
     other = change(settings(tmp_path / "other"), "guard", skip_steps=("4-5",))
@@ -96,6 +106,27 @@ def test_rolling_back_to_a_checkpoint_that_is_being_written(config: RunConfig) -
     config = change(policy(config, "rollback"), "checkpoint", async_save=True)
     run(config, engine=SlowToSave({4: math.nan}))
     assert [record["step"] for record in lines(config) if "skipped" in record] == [4]
+
+
+class FailsToSave(FakeStaged):
+    """Cannot be written the first time."""
+
+    failures: ClassVar = [OSError("no space left on device")]
+
+    def write(self, folder: Path) -> list[Path]:
+        time.sleep(0.2)
+        if self.failures:
+            raise self.failures.pop()
+        return super().write(folder)
+
+
+def test_a_save_that_is_tried_again_at_a_bad_step_does_not_count_the_step(config: RunConfig) -> None:
+    class Full(Faulty):
+        def stage(self) -> FakeStaged:
+            return FailsToSave(super().stage().state)
+
+    with pytest.raises(HyperRouterError, match="continue from the checkpoint of step 4"):
+        run(change(config, "checkpoint", async_save=True), engine=Full({5: math.nan}))
 
 
 class SeesLess(Faulty):
@@ -176,10 +207,11 @@ class TestJudgement:
         one.leave_out([4])
         other = BadSteps("skip", sigma=3.0, window=4)
         other.restore(one.state())
-        assert other.state() == one.state() and other.skipped == {4}
+        assert other.state() == one.state() and not other.takes_part(4)
 
     def test_steps_of(self) -> None:
-        assert list(steps_of(("105-107", "300"))) == [105, 106, 107, 300]
+        assert list(steps_of(("105-107", "300"), last=400)) == [105, 106, 107, 300]
+        assert list(steps_of(("105-99999999999", "300"), last=107)) == [105, 106, 107]
 
     @pytest.mark.parametrize(
         ("second", "repeats"), [(5.0, True), (5.004, True), (5.5, False), (math.nan, False)]
@@ -250,6 +282,24 @@ class TestAlarms:
         # 55: step 61 shows the first bad load, so the weights after 60 steps may be bad already
         assert set(folders.steps()) >= {55, 80} | ({63} if action == "snapshot" else set())
         assert not {50, 65, 70} & set(folders.steps())
+
+    def test_a_snapshot_whose_save_is_tried_again_stays(self, config: RunConfig) -> None:
+        class Full(Collapsing):
+            saves = 0
+
+            def stage(self) -> FakeStaged:
+                self.saves += 1
+                return Unwritable({}) if self.saves == 13 else super().stage()  # after 5, 10, ..., 60
+
+        class Unwritable(FakeStaged):
+            def write(self, folder: Path) -> list[Path]:
+                raise OSError("no space left on device")
+
+        saving = {"save_interval": 5, "keep_checkpoints": 1, "async_save": True}
+        config, engine = change(long(config, "imbalance=snapshot"), "checkpoint", **saving), Full(VOCAB_SIZE)
+        run(config, engine=engine, data=splits(320))
+        steps = CheckpointFolders(Path(config.logging.run_dir) / "checkpoints", engine).steps()
+        assert any(63 < step <= 65 for step in steps) and 63 not in steps
 
     def test_raise_aux_is_part_of_the_checkpoint(self, config: RunConfig) -> None:
         raising = long(config, "imbalance=raise-aux")

@@ -17,7 +17,7 @@ from megatron_hyperrouter.checkpoint.manifest import fingerprint
 from megatron_hyperrouter.config.cli import load_file, parse
 from megatron_hyperrouter.config.run_folder import write_settings
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.errors import CheckpointError, ConfigError
 from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.train.lr import learning_rate_at
 from megatron_hyperrouter.train.resuming import start
@@ -59,7 +59,22 @@ def test_a_run_that_torchrun_restarts_continues_without_load(
     monkeypatch.setattr(start, "start_of_torchrun", lambda: time.time() - 500)
     capsys.readouterr()
     assert run(config).steps_taken[0] == first
-    assert ("torchrun has restarted the ranks" in capsys.readouterr().out) == bool(first)
+    assert ("this is a restart, so the run continues" in capsys.readouterr().out) == bool(first)
+
+
+@pytest.mark.parametrize(
+    ("job", "count", "restarted"), [("7", "2", True), ("7", "1", False), ("7", "0", False), ("8", "2", False)]
+)
+def test_a_job_that_slurm_requeues_is_restarted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, count: str, restarted: bool
+) -> None:
+    """Attempt 1 of job 7 has begun: attempt 2 continues it, and not another command of the same attempt."""
+    began = {"event": "start", "time": 1.0, "step": 0, "attempt": 1}
+    began |= {"job": "SLURM_JOB_ID=7 JOB_NAME=x", "launcher_restarts": "SLURM_RESTART_COUNT=1"}
+    (tmp_path / "events.jsonl").write_text(json.dumps(began) + "\n")
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+    assert start.is_restarted(str(tmp_path)) == restarted
 
 
 def test_it_continues_with_the_load_of_another_run(
@@ -95,6 +110,21 @@ class TestFinetune:
         assert engine.steps_taken[0] == 6
         assert lines(tuned) == lines(whole)
         assert not (tmp_path / "tuned/checkpoints-earlier-1").exists()
+
+    def test_it_needs_a_folder_of_its_own(self, tuned: RunConfig, config: RunConfig) -> None:
+        """The weights would be moved away, and a run that is killed early could not begin again."""
+        folder = find(Path(config.logging.run_dir))
+        for load in (config.logging.run_dir, str(folder)):
+            inside = change(config, "checkpoint", load=load, finetune=True)
+            with pytest.raises(
+                ConfigError, match=r"--run-dir = .*: contains the weights from which --finetune"
+            ):
+                decide(inside)
+
+    def test_it_never_begins_without_weights(self, tuned: RunConfig) -> None:
+        empty = change(tuned, "checkpoint", load=tuned.logging.run_dir)
+        with pytest.raises(CheckpointError, match="no weights from which --finetune could start"):
+            decide(empty)
 
     @pytest.mark.parametrize("finetune", [True, False])
     def test_so_does_load_of_its_own_folder(self, tuned: RunConfig, finetune: bool) -> None:

@@ -17,8 +17,10 @@ import pytest
 from distributed import environment
 
 from megatron_hyperrouter.errors import ConfigError, DataError
+from megatron_hyperrouter.guard.events import read_events
 from megatron_hyperrouter.guard.heartbeat import Beat, file_of, write_beat
 from megatron_hyperrouter.guard.run_lock import HOLDER, LOCK
+from megatron_hyperrouter.report.sources import read_run
 from megatron_hyperrouter.watch.restart import worth_restarting
 from megatron_hyperrouter.watch.status import Status, status_of
 from megatron_hyperrouter.watch.trace import read_steps, read_trace
@@ -221,6 +223,23 @@ class TestRestart:
         write_events(run_dir, *events)
         assert worth_restarting(run_dir, launcher)[0] is answer
 
+    @pytest.mark.parametrize(
+        ("alarm", "answer"),
+        [
+            ({"alarm": "collapse", "action": "stop"}, False),
+            ({"alarm": "collapse", "action": "note"}, True),
+            ({"alarm": "replicas", "action": "stop"}, True),
+        ],
+    )
+    def test_by_the_alarm_that_ended_the_run(
+        self, run_dir: Path, alarm: dict[str, Any], answer: bool
+    ) -> None:
+        start, failure = {"event": "start", "time": 1.0}, {"event": "failure", "time": 3.0, "status": 1}
+        write_events(run_dir, start, {"event": "alarm", "time": 2.0} | alarm, failure)
+        assert worth_restarting(run_dir, 1)[0] is answer
+        write_events(run_dir, start, {"event": "alarm", "time": 2.0} | alarm, start, failure)
+        assert worth_restarting(run_dir, 1)[0] is True
+
     def test_a_run_on_another_machine_that_was_killed_just_now(self, run_dir: Path) -> None:
         """Its last beats are fresh, but its launcher says that it has ended."""
         (run_dir / HOLDER).write_text('{"host": "elsewhere", "pid": 1}')
@@ -329,6 +348,15 @@ def test_a_hundred_thousand_steps(tmp_path: Path) -> None:
     assert steps.trained == pytest.approx(sum(step / 1000 for step in range(1, 20_001)))
     assert steps.since == pytest.approx(sum(step / 1000 for step in range(19_991, 20_001)))
     assert steps.step_times[-1] == 20.0 and len(steps.step_times) == 100
+
+
+def test_a_byte_order_mark_costs_no_line(run_dir: Path) -> None:
+    for name in ("metrics.jsonl", "events.jsonl"):
+        content = (run_dir / name).read_bytes()
+        (run_dir / name).write_bytes(b"\xef\xbb\xbf" + content)
+    assert now(run_dir).trained == 20.0
+    assert [event["event"] for event in read_events(run_dir / "events.jsonl")] == ["start"]
+    assert [record["step"] for record in read_run(run_dir).steps] == list(range(1, 11))
 
 
 def test_words(run_dir: Path) -> None:

@@ -22,10 +22,13 @@ from megatron_hyperrouter.terminal import counted, parser, show
 if TYPE_CHECKING:
     from megatron_hyperrouter.doctor.examine import Report
 
+_MOST_GB = 1e12  # of a checkpoint
+
 
 def main(arguments: Sequence[str]) -> None:
     """Examine, show the findings, and end with the exit status."""
     flags = parser(__doc__ or "")
+    flags.checks_folders = False  # a run folder that cannot be used is a finding
     add = flags.add_argument
     add("--json", type=Path, metavar="FILE", help="also write the findings to FILE as JSON")
     add(
@@ -43,8 +46,8 @@ def main(arguments: Sequence[str]) -> None:
         "checkpoints (default: the size of the newest checkpoint in the run folder)",
     )
     args = flags.parse_args(arguments)
-    if args.checkpoint_gb is not None and not args.checkpoint_gb > 0:
-        rule = "must be greater than 0"
+    if args.checkpoint_gb is not None and not 0 < args.checkpoint_gb < _MOST_GB:
+        rule = f"must be greater than 0 and less than {_MOST_GB:g}"
         flags.refuse("--checkpoint-gb", args.checkpoint_gb, rule, "give the size of one checkpoint in GB")
     from megatron_hyperrouter.doctor.examine import examine
     from megatron_hyperrouter.doctor.ranks import Ranks

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 
 from megatron_hyperrouter.config.kinds import Count, Natural
 from megatron_hyperrouter.config.roles import Metavar, Quiet, Role
@@ -30,7 +30,8 @@ class GuardConfig:
         "standard deviations above the mean of the last --loss-window steps; default: no limit",
     ] = None
     loss_window: Annotated[
-        Count,
+        int,
+        Ge(2),
         Role.COURSE,
         "With --max-loss-sigma: number of previous good steps from which to take the mean and "
         "the standard deviation",

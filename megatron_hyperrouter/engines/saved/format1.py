@@ -40,6 +40,12 @@ def read_state(
 
     ``stacked``: the experts of this run are one parameter, and those of the checkpoint are not.
     """
+    found = len(list(folder.glob("state-*.pt")))
+    if not found:  # of mhr average or mhr import-hf, for example
+        raise CheckpointError(
+            f"{folder} has weights but no optimizer state, so no run can continue from it",
+            remedy="start a new run from its weights: add --finetune, and give another --run-dir",
+        )
     if not trusted:
         raise CheckpointError(
             f"{folder} has format 1, whose optimizer state has no checksums",
@@ -54,7 +60,6 @@ def read_state(
             remedy="add --no-moe-grouped-gemm until this run has saved its first checkpoint",
         )
     path = folder / f"state-{rank:05d}.pt"
-    found = len(list(folder.glob("state-*.pt")))
     if found != ranks:
         raise CheckpointError(
             f"{folder} was written by {found} ranks, but this run has {ranks}", remedy=_LAYOUT

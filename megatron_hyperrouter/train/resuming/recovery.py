@@ -27,9 +27,9 @@ class Recovery:
     """Follows ``--on-bad-step``; every rank makes the same decision, because it has the same numbers."""
 
     def __init__(self, engine: Engine, config: RunConfig, *, remedy: Callable[[int], str]) -> None:
-        """``remedy``: what the user can do after a step (collective)."""
+        """``remedy``: what the user can do after that many steps (collective)."""
         self._engine, self._remedy = engine, remedy
-        self._bad = BadSteps.of(config.guard)
+        self._bad = BadSteps.of(config.guard, last=config.train.train_iters)
         self._alarms = Alarms(engine, config)
         self.asked = ""  # by an alarm of the last step: "snapshot" or "stop"
         self.good_until: int | None = None  # see Alarms
@@ -37,7 +37,7 @@ class Recovery:
     def takes_part(self, step: int) -> bool:
         """Begin a step; False if its data are read but not trained on."""
         self.asked, self.good_until = "", None
-        return step not in self._bad.skipped
+        return self._bad.takes_part(step)
 
     def accept(self, result: StepResult) -> bool:
         """Whether the weights may follow this step."""
@@ -69,13 +69,13 @@ class Recovery:
         words = f"step {step}: {reason}; {said}"
         if policy == "stop" or (policy == "rollback" and not checkpoint):
             raise HyperRouterError(
-                f"{words}; the run stops before this step changes the weights", remedy=self._remedy(step)
+                f"{words}; the run stops before this step changes the weights", remedy=self._remedy(step - 1)
             )
         first = step if policy == "skip" else (checkpoint or 0) + 1
         if not self._bad.leave_out(range(first, step + 1)):
             raise HyperRouterError(
                 f"{words}; bad steps in a row: {self._bad.in_a_row}, so the run stops",
-                remedy=self._remedy(step),
+                remedy=self._remedy(step - 1),
             )
         if policy == "rollback":
             console.warn(f"{words}; returning to step {checkpoint} and skipping steps {first} to {step}")

@@ -12,7 +12,7 @@ from megatron_hyperrouter import console
 from megatron_hyperrouter.checkpoint.description import Description, describe
 from megatron_hyperrouter.checkpoint.folder import check_language_model, find, read_manifest
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.errors import CheckpointError, ConfigError, Problem
 from megatron_hyperrouter.guard.events import FILE as EVENTS_FILE
 from megatron_hyperrouter.guard.events import OPENING, read_events
 from megatron_hyperrouter.guard.heartbeat import is_number
@@ -49,15 +49,15 @@ class Start:
 def decide(config: RunConfig, *, restarted: bool = False) -> Start:
     """What ``--load`` and ``--finetune`` mean for the current state of the run folder.
 
-    ``restarted``: torchrun has restarted the ranks.  The run then continues, with or without ``--load``:
-    nobody has asked for a new one.  CheckpointError if there is nothing to load.
+    ``restarted``: see :func:`is_restarted`.  The run then continues, with or without ``--load``: nobody has
+    asked for a new one.  CheckpointError if there is nothing to load.
     """
     load, own = config.checkpoint.load, _own_root(config)
     # --finetune with another run's --load continues its own run, too: see _begun
     elsewhere = load is None or (not config.checkpoint.finetune and not _is_own(load, own))
     if restarted and elsewhere and own.is_dir() and find(own) is not None:
         load = config.logging.run_dir
-        console.note(f"torchrun has restarted the ranks: the run continues as with --load {load}")
+        console.note(f"this is a restart, so the run continues as with --load {load}")
     if load is None:
         return Start()
     if config.checkpoint.finetune and (begun := _begun(load, own)) is not None:
@@ -71,11 +71,20 @@ def decide(config: RunConfig, *, restarted: bool = False) -> Start:
                 remedy="use a run folder, its checkpoints/ folder or one checkpoint folder, or leave "
                 "out --load",
             )
+        if config.checkpoint.finetune:
+            raise CheckpointError(
+                f"--load = {load}: the folder has no weights from which --finetune could start",
+                remedy="give --load the run that has the weights",
+            )
         console.note(f"{load} has no finished checkpoint yet: the run starts from scratch")
         return Start()
     manifest = read_manifest(folder)
     check_language_model(folder, manifest)
     if config.checkpoint.finetune:
+        if folder.parent.resolve() == own.resolve():
+            rule = f"contains the weights from which --finetune would start a new run ({folder})"
+            remedy = "choose another --run-dir"
+            raise ConfigError([Problem("--run-dir", config.logging.run_dir, rule, remedy)])
         return Start(folder, manifest, weights_only=True, finetuned_from=load)
     return Start(folder, manifest, finetuned_from=manifest["meta"].get("finetuned_from"))
 
@@ -136,20 +145,44 @@ def _begun(load: str, own: Path) -> Start | None:
 
 
 def is_restarted(run_dir: str) -> bool:
-    """Whether torchrun has started the ranks of this node again, after one of them had failed, and the run in
-    ``run_dir`` had begun by then.
+    """Whether torchrun has started the ranks of this node again, after one of them had failed, or Slurm has
+    started this job again, and the run in ``run_dir`` had begun by then.
 
-    If no attempt since the start of torchrun has begun, the folder contains nothing or an older run.
+    If no earlier attempt of this torchrun or job has begun, the folder contains nothing or an older run.
     """
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-    if not count.isdecimal() or int(count) == 0:
+    if not (_count("TORCHELASTIC_RESTART_COUNT") or _count("SLURM_RESTART_COUNT")):
         return False
     try:
         events = read_events(Path(run_dir) / EVENTS_FILE)
     except OSError:  # on this rank alone, perhaps: the others must not wait for it
         return False
-    begun = [event.get("time") for event in events if event.get("event") in OPENING]
-    return bool(begun) and is_number(begun[-1]) and begun[-1] > start_of_torchrun() - _CLOCKS
+    begun = [event for event in events if event.get("event") in OPENING]
+    return bool(begun) and (_is_of_this_torchrun(begun[-1]) or _is_of_this_job(begun[-1]))
+
+
+def _count(name: str) -> int:
+    """How often a launcher or a scheduler has started this process again."""
+    word = os.environ.get(name, "")
+    return int(word) if word.isdecimal() else 0
+
+
+def _is_of_this_torchrun(opening: Mapping[str, Any]) -> bool:
+    begun = opening.get("time")
+    if not _count("TORCHELASTIC_RESTART_COUNT") or not is_number(begun):
+        return False
+    return begun > start_of_torchrun() - _CLOCKS
+
+
+def _is_of_this_job(opening: Mapping[str, Any]) -> bool:
+    """Whether an earlier attempt of this job of Slurm has written it."""
+    job = f"SLURM_JOB_ID={os.environ.get('SLURM_JOB_ID')}"
+    count = _count("SLURM_RESTART_COUNT")
+    seen = str(opening.get("launcher_restarts", "")).split()
+    return (
+        bool(count)
+        and job in str(opening.get("job", "")).split()
+        and (f"SLURM_RESTART_COUNT={count}" not in seen)
+    )
 
 
 def _own_root(config: RunConfig) -> Path:
