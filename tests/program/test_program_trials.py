@@ -68,6 +68,16 @@ def test_zeros_of_the_gradient_are_counted_where_they_can_be(trials: dict[str, P
     assert all(record["num_zeros"] >= 0 for record in steps_of(trials["megatron"]))
 
 
+def test_zeros_do_not_depend_on_the_stages(zygote: Zygote, tmp_path: Path) -> None:
+    """With multi-token prediction, megatron-core's last stage also has a matrix that it never uses."""
+    flags = [*TINY, *TRIAL, "--engine", "megatron", "--mtp-num-layers", "1"]
+    zygote.run([*flags, "--run-dir", str(tmp_path / "one")], ranks=1)
+    stages = ["--pipeline-model-parallel-size", "2", "--run-dir", str(tmp_path / "two")]
+    zygote.run([*flags, *stages], ranks=2)
+    one, two = ([each["num_zeros"] for each in steps_of(tmp_path / name)] for name in ("one", "two"))
+    assert two == one
+
+
 def test_a_trace_of_the_steps_asked_for(trials: dict[str, Path]) -> None:
     trace = json.loads((trials["deepspeed"] / "profile" / "rank-0.json").read_text())
     assert any("aten::" in str(event.get("name")) for event in trace["traceEvents"])

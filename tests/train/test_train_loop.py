@@ -383,9 +383,10 @@ class TestResume:
         self, config: RunConfig, again: RunConfig, capsys: pytest.CaptureFixture[str]
     ) -> None:
         run(config)
-        run(change(again, "engine", zero_stage=2))
-        told = "--zero-stage was 1 in the checkpoint and is now 2: the optimizer state is redistributed"
-        assert told in capsys.readouterr().out
+        run(change(change(again, "engine", zero_stage=2), "parallel", sequence_parallel=True))
+        told = capsys.readouterr().out
+        assert "--zero-stage was 1 in the checkpoint and is now 2: the optimizer state is redist" in told
+        assert "--sequence-parallel was false in the checkpoint and is now true" in told
 
     def test_another_layout_needs_finetune_in_format_1(
         self, config: RunConfig, again: RunConfig, tmp_path: Path

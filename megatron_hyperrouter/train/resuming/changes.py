@@ -18,6 +18,7 @@ from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
 from megatron_hyperrouter.config.tree import OptimizerConfig, RunConfig
 from megatron_hyperrouter.train.lr import learning_rate_at
+from megatron_hyperrouter.train.resuming.run_meta import shown
 
 # Shapes, and what orders the samples, are compared as they are in effect, see ``resume``; a path may change.
 _FUNCTION = (Role.FUNCTION, Role.TOKENIZER)
@@ -33,7 +34,7 @@ class Change:
     now: Any
 
     def __str__(self) -> str:
-        return f"{flag(self.leaf.name)} was {_shown(self.before)} and is now {_shown(self.now)}"
+        return f"{flag(self.leaf.name)} was {shown(self.before)} and is now {shown(self.now)}"
 
 
 def changes_of_function(saved: str, config: RunConfig) -> list[str]:
@@ -108,7 +109,3 @@ def _rate(settings: Mapping[str, Any], step: int) -> float | None:
         return learning_rate_at(sizes.progress(step), OptimizerConfig(**own), end)
     except (TypeError, ValueError, KeyError, ArithmeticError):
         return None
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -37,4 +37,9 @@ def differences(part: str, saved: Mapping[str, Any], ours: Mapping[str, Any]) ->
         value = list(value) if isinstance(value, tuple) else value  # as JSON gives it back
         if (before := theirs.get(name, value)) != value:  # an older checkpoint does not know all settings
             label = "the number of ranks" if name == "world_size" else f"--{name.replace('_', '-')}"
-            yield f"{label} was {before} in the checkpoint and is now {value}"
+            yield f"{label} was {shown(before)} in the checkpoint and is now {shown(value)}"
+
+
+def shown(value: Any) -> str:
+    """A setting's value as YAML and flags write it."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
