@@ -150,8 +150,8 @@ class Engine(Protocol):
         ...
 
     def logits(self, tokens_BS: Tensor, *, topk: int) -> Tensor:
-        """Logits ``_BSV`` (padded vocabulary) of this rank's samples with ``topk`` active experts; changes
-        nothing (collective).
+        """Logits ``_BSV`` (padded vocabulary) of this rank's samples with ``topk`` active experts, which drop
+        no token; changes nothing (collective).
         """
         ...
 

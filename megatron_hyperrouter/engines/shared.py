@@ -262,8 +262,12 @@ class SharedEngine(SavedEngine):
         size = self.config.train.micro_batch_size if stages > 1 else rows  # stages know no other size
         more = tokens_BS[-1:].expand(-rows % size, -1)
         parts = torch.cat((tokens_BS, more)).split(size)
-        with captured_logits(self.modules()) as seen:
-            self.evaluate(iter([(part, part) for part in parts]), topk=topk)
+        self.clock.dropless = True
+        try:
+            with captured_logits(self.modules()) as seen:
+                self.evaluate(iter([(part, part) for part in parts]), topk=topk)
+        finally:
+            self.clock.dropless = False
         whole_BSV = whole_logits(seen, tensor_size=parallel.tensor_model_parallel_size, stages=stages)
         return whole_BSV[:rows]
 

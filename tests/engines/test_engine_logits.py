@@ -21,8 +21,11 @@ LAYOUTS = {
     "TP2, SP": "--tensor-model-parallel-size 2 --sequence-parallel",
     "PP2": "--pipeline-model-parallel-size 2",
 }
+CAPACITY = "--moe-expert-capacity-factor 0.5"
 DEEP = "--num-layers 4 --micro-batch-size 1"
 MORE = {
+    "capacity": CAPACITY,
+    "apart": f"{CAPACITY} --no-moe-grouped-gemm",
     "deep": DEEP,
     "PP2, VPP2": f"{DEEP} --pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2",
 }
@@ -32,7 +35,7 @@ Told = dict[tuple[str, str], dict[str, Any]]
 @pytest.fixture(scope="module")
 def told(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Told:
     home = tmp_path_factory.mktemp("logits")
-    alone = [(engine, name) for engine in ENGINES for name in ("alone", "silent")]
+    alone = [(engine, name) for engine in ENGINES for name in ("alone", "silent", "capacity", "apart")]
     alone.append(("megatron", "deep"))
     spread = [(engine, name) for engine in ENGINES for name in LAYOUTS] + [("megatron", "PP2, VPP2")]
     found: Told = {}
@@ -58,6 +61,14 @@ def test_every_layout_gives_what_one_process_gives(told: Told, engine: str, layo
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert found["texts"] == expected["texts"]
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["capacity", "apart"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_capacity_drops_a_token(told: Told, engine: str, name: str) -> None:
+    """A text is what the trained model would write, whatever follows it in its row."""
+    expected, found = (torch.tensor(told[key]["logits"]) for key in (("deepspeed", "alone"), (engine, name)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_an_odd_number_of_micro_batches_in_interleaved_stages(told: Told) -> None:

@@ -105,7 +105,8 @@ class MegatronRouter(MegatronModule):
         zeros_TE = torch.zeros_like(routing.logits_TE)
         weights_TE = zeros_TE.scatter(1, routing.experts_TK, routing.weights_TK)
         chosen_TE = zeros_TE.bool().scatter(1, routing.experts_TK, True)
-        if self.config.moe_expert_capacity_factor is not None and not self.dropless:
+        dropless = self.dropless or self.clock.dropless
+        if self.config.moe_expert_capacity_factor is not None and not dropless:
             chosen_TE = self._kept(weights_TE.detach(), chosen_TE, routing.experts_TK.numel())
             weights_TE = weights_TE * chosen_TE
         return self.with_losses(weights_TE, routing), chosen_TE
@@ -124,7 +125,7 @@ class MegatronRouter(MegatronModule):
     def kept_TK(self, routing: Routing) -> Tensor | None:
         """The routes that the capacity leaves; None if nothing is dropped."""
         factor = self.config.moe_expert_capacity_factor
-        if factor is None:
+        if factor is None or self.clock.dropless:
             return None
         return kept_routes(routing, math.ceil(routing.experts_TK.numel() / self.router.num_experts * factor))
 

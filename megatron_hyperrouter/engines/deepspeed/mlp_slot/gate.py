@@ -119,7 +119,7 @@ class RouterGate(nn.Module):
 
     @property
     def _factor(self) -> float | None:
-        if self.dropless:
+        if self.dropless or self.clock.dropless:
             return None
         return self.capacity_factor if self.training else self.eval_capacity_factor
 
