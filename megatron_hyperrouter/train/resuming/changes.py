@@ -18,7 +18,6 @@ from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
 from megatron_hyperrouter.config.tree import OptimizerConfig, RunConfig
 from megatron_hyperrouter.train.lr import learning_rate_at
-from megatron_hyperrouter.train.resuming.run_meta import shown
 
 # Shapes, and what orders the samples, are compared as they are in effect, see ``resume``; a path may change.
 _FUNCTION = (Role.FUNCTION, Role.TOKENIZER)
@@ -109,3 +108,8 @@ def _rate(settings: Mapping[str, Any], step: int) -> float | None:
         return learning_rate_at(sizes.progress(step), OptimizerConfig(**own), end)
     except (TypeError, ValueError, KeyError, ArithmeticError):
         return None
+
+
+def shown(value: Any) -> str:
+    """A setting's value as YAML and flags write it."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

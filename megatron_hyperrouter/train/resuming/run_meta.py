@@ -10,6 +10,7 @@ from megatron_hyperrouter.config.derived import global_batch_size, in_effect
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Engine
+from megatron_hyperrouter.train.resuming.changes import shown
 
 
 def run_meta(config: RunConfig, engine: Engine) -> dict[str, Any]:
@@ -38,8 +39,3 @@ def differences(part: str, saved: Mapping[str, Any], ours: Mapping[str, Any]) ->
         if (before := theirs.get(name, value)) != value:  # an older checkpoint does not know all settings
             label = "the number of ranks" if name == "world_size" else f"--{name.replace('_', '-')}"
             yield f"{label} was {shown(before)} in the checkpoint and is now {shown(value)}"
-
-
-def shown(value: Any) -> str:
-    """A setting's value as YAML and flags write it."""
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
