@@ -79,7 +79,8 @@ def shortened(config: RunConfig, micro_batches: int, data_size: int) -> RunConfi
     most = 2 * stages if stages > 1 else 2
     batch = min(micro_batches, most) * config.train.micro_batch_size * data_size
     constant = replace(config.topk, topk_schedule="constant", topk_start=None, topk_schedule_steps=None)
-    return replace(config, topk=constant, train=replace(config.train, global_batch_size=batch))
+    train = replace(config.train, global_batch_size=batch, rampup_batch_size=None)
+    return replace(config, topk=constant, train=train)
 
 
 def answers(tasks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

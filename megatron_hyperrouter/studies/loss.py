@@ -209,8 +209,8 @@ def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trained]:
         {name: value for part in parts for name, value in part.items()} for parts in product(*axes.values())
     ]
     configs = gather(partial(settings_of, args, point, line) for point in chosen)
-    if args.topk_eval:
-        check_topks(args.topk_eval, min(config.model.num_experts for config in configs))
+    for config in configs if args.topk_eval else ():
+        check_topks(args.topk_eval, config.model.num_experts, router=config.router, flag="--topk-eval")
     labels = [label_of(parts) for parts in product(*axes.values())]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise ConfigError(

@@ -210,16 +210,14 @@ def layouts_of(args: Namespace) -> list[Layout]:
 
     layouts = [parse_layout(text) for text in dict.fromkeys(args.layouts)]
     check_names(layouts)
-    if seeded := [layout.text for layout in layouts if layout.fault]:
+    ours = {*QUIET, "train_iters", "global_batch_size"}
+    taken = [(layout.text, name) for layout in layouts for name in layout.overrides if name in ours]
+    taken += [(layout.text, "fault") for layout in layouts if layout.fault]
+    if taken:
         raise ConfigError(
             [
-                Problem(
-                    "--layouts",
-                    text,
-                    "must not contain a fault",
-                    "remove fault=... from this layout",
-                )
-                for text in seeded
+                Problem("--layouts", text, f"must not set {name}", f"remove {name}=... from this layout")
+                for text, name in taken
             ]
         )
     return layouts

@@ -146,10 +146,12 @@ def parse_layout(text: str) -> Layout:
             fault = value
         elif key in SHORT or key == "dp":
             least = 0 if key == "zero" else 1
-            if not value.isdigit() or int(value) < least:
+            if not value.isdecimal() or int(value) < least:
                 raise _bad_layout(
                     text, f"the value in {word} must be an integer of at least {least}, as in {key}=2"
                 )
+            if key in sizes:
+                raise _bad_layout(text, f"{key} must have one value")
             sizes[key] = int(value)
             if key != "dp":
                 overrides[SHORT[key]] = int(value)
@@ -171,7 +173,7 @@ def parse_layout(text: str) -> Layout:
 
 def _typed(value: str) -> object:
     words: dict[str, object] = {"true": True, "false": False, "none": None}
-    return words[value.lower()] if value.lower() in words else int(value) if value.isdigit() else value
+    return words[value.lower()] if value.lower() in words else int(value) if value.isdecimal() else value
 
 
 def _bad_layout(text: str, rule: str) -> ConfigError:

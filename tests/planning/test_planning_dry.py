@@ -14,7 +14,7 @@ from program.launched import Zygote
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.planning.held.parameters import model_of, parameters_of_ranks
 from megatron_hyperrouter.planning.layouts import Candidate
-from megatron_hyperrouter.planning.verified import answers, task_of
+from megatron_hyperrouter.planning.verified import answers, shortened, task_of
 from megatron_hyperrouter.routers import ROUTERS
 
 VOCABULARY = 1001
@@ -236,3 +236,10 @@ def test_dry_runs_have_the_memory_of_real_ranks(
     ranks_all: dict[str, list[Both]], name: str, record_property: Any
 ) -> None:
     assert_same_memory(ranks_all[name], record_property)
+
+
+def test_a_batch_that_grows_is_whole_in_a_dry_run() -> None:
+    words = [*TINY, "--global-batch-size", "64"]
+    config = parse([*words, "--rampup-batch-size", "4", "4", "64"], routers=ROUTERS, world_size=2)
+    short = shortened(config, 16, 2)
+    assert (short.train.global_batch_size, short.train.rampup_batch_size) == (8, None)

@@ -34,6 +34,10 @@ def test_the_control_has_the_scale_of_hyperrouter() -> None:
     assert found == {"name": "smoe_dropout", "logit_std": 1.0}
     control = config("smoe_dropout", "--router.logit-std", str(found["logit_std"]))
     assert scale_of(control) == 1.0
+    flags = ("--router.num-groups", "4", "--router.group-topk", "2", "--router.score-function", "sigmoid")
+    limited = control_for({"hyper": config("hyper", *flags, "--router.lr-mult", "3")})
+    alike = {"num_groups": 4, "group_topk": 2, "score_function": "sigmoid"}
+    assert limited == {"name": "smoe_dropout", "logit_std": 1.0, **alike}
     paper = config("hyper", "--router.init", "paper")
     assert control_for({"paper": paper}) == {"name": "smoe_dropout", "logit_std": scale_of(paper)}
 

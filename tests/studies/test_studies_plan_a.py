@@ -53,6 +53,14 @@ def test_plan_b_is_accepted(size: str, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert scales["hyper"] == scales["matched"] == scales["topk"] == 1.0
 
 
+def test_k_goes_no_further_than_groups_of_experts_allow(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("{mock_data: true, num_experts: 8, moe_router_topk: 2}")
+    (tmp_path / "options.yaml").write_text("topk: {num_groups: 4, group_topk: 3}")
+    words = f"--config {tmp_path}/run.yaml --options {tmp_path}/options.yaml --output {tmp_path}/out"
+    found = Study.of(*read_flags([*words.split(), "--routers", "topk", "xmoe"]))
+    assert list(found.topks) == [1, 2, 4]
+
+
 def test_scales_of_block_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     configs = study(LINES[0], monkeypatch, tmp_path).configs
     scales = {

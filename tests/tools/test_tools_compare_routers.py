@@ -364,7 +364,12 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "too many experts": (
         ["--routers", "topk", "--topk-eval", "2", "5"],
         "",
-        "must be from 1 to 4, the number of experts",
+        "--topk-eval = 5: must be from 1 to 4, the number of experts",
+    ),
+    "more experts than groups allow": (
+        ["--routers", "topk", "--topk-eval", "3", "--options", "options.yaml"],
+        "topk: {num_groups: 2, group_topk: 1}",
+        "--topk-eval = 3: must be from 1 to 2, the number of experts in the groups",
     ),
     "an unknown flag": (["--routers", "topk", "--no-such-flag", "1"], "", "unknown flag"),
 }

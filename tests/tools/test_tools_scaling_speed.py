@@ -287,7 +287,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "no rank": (["--ranks", "1", "0"], "--ranks = 1 0: must be at least 1"),
     "no step": (["--ranks", "1", "--steps", "0"], "--steps = 0: must be at least 1"),
     "no such size": (["--layouts", "xp=2"], "xp is not a setting"),
-    "a fault": (["--layouts", "ep=2,fault=aux-loss"], "must not contain a fault"),
+    "a fault": (["--layouts", "ep=2,fault=aux-loss"], "must not set fault"),
+    "steps of a layout": (["--layouts", "ep=2,train_iters=4"], "must not set train_iters"),
+    "no digit": (["--layouts", "ep=\u00b2"], "must be an integer of at least 1"),
+    "two sizes": (["--layouts", "ep=2,ep=4"], "ep must have one value"),
     "nothing can run": (["--ranks", "3", "--layouts", "tp=2"], "must be divisible by"),
     "strong without a batch": (
         ["--ranks", "1", "2", "--scaling", "strong"],

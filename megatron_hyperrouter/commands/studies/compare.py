@@ -137,7 +137,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         nargs="+",
         metavar="K",
         help="values of k (active experts per token) at which to score each router (default: the "
-        "powers of 2 up to the number of experts)",
+        "powers of 2 up to the number of experts, or to the largest k that groups of experts allow)",
     )
     add(
         "--comparisons",
@@ -213,11 +213,12 @@ class Study:
                 f"added {CONTROL}: a random router that is never trained (smoe_dropout), with logit "
                 f"standard deviation {control['logit_std']:.3g}"
             )
-        num_experts = next(iter(configs.values())).model.num_experts
-        topks = args.topk_eval or [
-            2**power for power in range(num_experts.bit_length()) if 2**power <= num_experts
-        ]
-        check_topks(topks, num_experts)
+        most = min(
+            config.router.options.largest_topk(config.model.num_experts) for config in configs.values()
+        )
+        topks = args.topk_eval or [2**power for power in range(most.bit_length())]
+        for config in configs.values():
+            check_topks(topks, config.model.num_experts, router=config.router, flag="--topk-eval")
         control_label = control_among(configs)
         return cls(configs, topks, control_label, comparisons_of(args, configs, topks, control_label))
 

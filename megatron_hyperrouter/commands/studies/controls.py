@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,14 +31,30 @@ def control_for(configs: Mapping[str, RunConfig]) -> dict[str, Any] | None:
     fixed router of its scale is among them.
     """
     scales = {label: scale_of(config) for label, config in configs.items()}
-    wanted = next((scales[label] for label, each in configs.items() if each.router.name == _SHOWS), None)
-    if wanted is None or CONTROL in configs:
+    first = next((each for each in configs.values() if each.router.name == _SHOWS), None)
+    wanted = None if first is None else scale_of(first)
+    if first is None or wanted is None or CONTROL in configs:
         return None
     for label, config in configs.items():
         scale = scales[label]
         if is_fixed(config) and scale is not None and abs(scale / wanted - 1) < _ALIKE:
             return None
-    return {"name": "smoe_dropout", "logit_std": wanted}
+    return {"name": "smoe_dropout", **choice_of(first), "logit_std": wanted}
+
+
+def choice_of(config: RunConfig) -> dict[str, Any]:
+    """The router's options, other than their defaults, that say how it chooses and weights experts by its
+    logits.
+    """
+    from megatron_hyperrouter.routers.choice import ChoosingRouter
+
+    own = {each.name: getattr(config.router.options, each.name) for each in fields(ChoosingRouter.Config)}
+    defaults = {each.name: each.default for each in fields(ChoosingRouter.Config)}
+    return {
+        name: value
+        for name, value in own.items()
+        if value != defaults[name] and name not in ("logit_std", "lr_mult")
+    }
 
 
 def control_among(configs: Mapping[str, RunConfig]) -> str | None:
