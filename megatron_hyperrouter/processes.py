@@ -19,6 +19,11 @@ def child_environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path} | more
 
 
+def cores() -> int:
+    """The CPU cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def processor_name() -> str:
     """The name of the CPU.  Other processors may round sums differently."""
     with contextlib.suppress(OSError):

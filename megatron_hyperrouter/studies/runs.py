@@ -24,7 +24,7 @@ from megatron_hyperrouter.config.leaves import flag
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.files import check_folder, write_json
 from megatron_hyperrouter.paths import unexpanded
-from megatron_hyperrouter.processes import child_environment
+from megatron_hyperrouter.processes import child_environment, cores
 from megatron_hyperrouter.terminal import Bar, Stopped, note
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def run_all(plans: Sequence[StudyRun], jobs: int, *, ranks: int = 1) -> None:
     and is the error.
     """
     waiting, running, ended = list(plans), list[_Started](), 0
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max((os.cpu_count() or 1) // (jobs * ranks), 1))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(cores() // (jobs * ranks), 1))
     env = child_environment(OMP_NUM_THREADS=threads, PYTHONWARNINGS="ignore")
     steps = sum(plan.config.train.train_iters for plan in plans)
     try:

@@ -23,6 +23,7 @@ from megatron_hyperrouter.config.by_role import quiet
 from megatron_hyperrouter.config.leaves import flag
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.files import write_json
+from megatron_hyperrouter.processes import cores
 from megatron_hyperrouter.studies.jobs import check_collected, common_parser, read_common, submit
 from megatron_hyperrouter.studies.runs import (
     LAYOUT,
@@ -320,7 +321,7 @@ def plans_of(rows: Sequence[TimedLayout], args: Namespace) -> Iterator[Timed]:
         if args.dry_run
         else "on GPUs of one machine"
         if gpus_here()
-        else f"on {os.cpu_count()} CPU cores"
+        else f"on {cores()} CPU cores"
     )
     for number in range(1, args.repeats + 1):
         for row in rows[:: 1 if number % 2 else -1]:

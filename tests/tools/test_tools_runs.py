@@ -155,3 +155,13 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk(runs: Any, tmp_path: Pa
         raise OSError(errno.ENOSPC, "no space")
     with pytest.raises(BrokenPipeError), runs.filling(tmp_path / "study"):
         raise BrokenPipeError(errno.EPIPE, "the reader is gone")
+
+
+def test_runs_share_the_cores_that_the_study_may_use(
+    runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
+    tell = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    runs.run_all([plan_of(runs, tmp_path / "a", [("scoring", ["-c", tell])])], 3)
+    assert (tmp_path / "a" / "log.txt").read_text() == "2\n"

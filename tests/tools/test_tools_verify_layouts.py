@@ -159,6 +159,12 @@ def test_nobody_else_is_blamed_for_the_hypernetwork(proof: Proof, layout: str) -
         ),
         # one process on the other engine is not a layout that was asked for
         (("--layouts", "ep=3"), SETTINGS, "1", "--layouts = ep=3 on megatron: "),
+        (
+            ("--layouts", "ep=2,num_layers=4", "router.name=topk", "engine=megatron"),
+            SETTINGS,
+            "1",
+            "3 problems in the settings",
+        ),
         (("--layouts", "ep=2", "--timeout", "0"), SETTINGS, "1", "--timeout = 0: must be greater than 0"),
         (("--layouts", "ep=2", "--output", "/dev/null/x"), SETTINGS, "1", "/dev/null/x: cannot be written"),
         (("--layouts", "ep=2", "--folder", "/dev/null"), SETTINGS, "1", "/dev/null: is not a folder"),

@@ -51,8 +51,9 @@ LAYOUTS = (
 )
 EPILOG = """\
 A layout is a list of sizes and settings, joined by commas: tp, pp, vpp, cp, ep, etp (expert tensor
-parallelism), dp and zero (ZeRO stage), and any setting by its name.  The command runs each layout on the
-smallest number of ranks that its sizes allow.  tp also switches sequence parallelism on:
+parallelism), dp and zero (ZeRO stage), and any setting that does not change the model, by its name.  The
+command runs each layout on the smallest number of ranks that its sizes allow.  tp also switches sequence
+parallelism on:
   --layouts tp=2,ep=2 pp=2,vpp=2 tp=2,pp=2,ep=2 "dp=2,use_distributed_optimizer=true"
 If the settings do not allow a layout, the table shows the reason.  If they allow none of the layouts that you
 named, the exit status is 2.
@@ -98,6 +99,7 @@ def main(arguments: Sequence[str]) -> None:
 
     layouts = [parse_layout(""), *(parse_layout(text) for text in dict.fromkeys(args.layouts))]
     check_names(layouts)
+    check_same_model(layouts)
     check_ranks(layouts)
     engine = args.engines[0]
     samples = samples_for(layouts, settings_of(args, layouts[0], engine, samples=None).train.micro_batch_size)
@@ -183,6 +185,33 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     if not args.timeout > 0:
         flags.refuse("--timeout", f"{args.timeout:g}", "must be greater than 0", "use --timeout 1800")
     return args
+
+
+def check_same_model(layouts: Sequence[Layout]) -> None:
+    """The weights of two models cannot be compared; raises ConfigError."""
+    from megatron_hyperrouter.config.by_role import MODEL, names_with
+    from megatron_hyperrouter.errors import ConfigError, Problem
+
+    fixed = (*names_with(*MODEL), "engine")
+    wrong = [
+        (layout.text, name)
+        for layout in layouts
+        for name in layout.overrides
+        if name in fixed or name.startswith("router.")
+    ]
+    if wrong:
+        rule = "because all layouts train the same model, on each engine of --engines"
+        raise ConfigError(
+            [
+                Problem(
+                    "--layouts",
+                    text,
+                    f"must not set {name}, {rule}",
+                    "use --engines" if name == "engine" else f"set {name} in --config",
+                )
+                for text, name in wrong
+            ]
+        )
 
 
 def check_ranks(layouts: Sequence[Layout]) -> None:
