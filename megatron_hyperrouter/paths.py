@@ -23,8 +23,9 @@ def expanded(path: str) -> str:
         if name is None and found[0] == "$$":
             return "$"
         if name is None:
+            what = "${...}" if found[0] == "${" else "$(...)"
             raise BadValue(
-                f"has {found[0]} with more than the name of a variable, which only a shell can expand",
+                f"contains {what}, which only a shell can expand",
                 "write the name itself, set a variable and use $VARIABLE, or write $$ for a dollar sign",
             )
         if name not in os.environ:
