@@ -67,7 +67,13 @@ def similarity_matrix(outputs_END: Tensor) -> Tensor:
     """Linear CKA of each pair of experts, ``_EE``, symmetric; 0 in the rows of an expert with constant
     output.
     """
-    centred_END = outputs_END.float() - outputs_END.float().mean(1, keepdim=True)
+    outputs_END = outputs_END.float()
+    centred_END = outputs_END - outputs_END.mean(1, keepdim=True)
+    # As in ops.similarity: what is left of a constant feature is rounding, and fourth powers stay in range.
+    varies_E1D = centred_END.abs().amax(1, keepdim=True) > 2.0**-20 * outputs_END.abs().amax(1, keepdim=True)
+    centred_END = torch.where(varies_E1D, centred_END, 0.0)
+    largest_E11 = centred_END.abs().amax((1, 2), keepdim=True)
+    centred_END = centred_END / torch.where(largest_E11 > 0, largest_E11, 1.0)
     kernels_ENN = centred_END @ centred_END.mT
     flat_EM = kernels_ENN.flatten(1)
     sizes_E1 = flat_EM.norm(dim=1, keepdim=True)

@@ -21,6 +21,9 @@ Observer = Callable[
 ]  # the router, its decision, its input x_TD, the pass
 
 
+_GOLDEN = (5**0.5 - 1) / 2
+
+
 @contextmanager
 def watching(routers: Iterable[Router], see: Observer) -> Iterator[None]:
     """Within this context, ``see`` is called with each decision of each router.  The decisions stay as
@@ -50,7 +53,7 @@ def _watched(router: Router, see: Observer) -> Iterator[None]:
 
 @dataclass
 class Sample:
-    """Evenly spaced tokens of an evaluation, as one layer's router saw them."""
+    """Tokens from all parts of an evaluation, as one layer's router saw them."""
 
     router: Router
     inputs: list[Tensor] = field(default_factory=list)
@@ -59,16 +62,19 @@ class Sample:
     tokens: list[Tokens] = field(default_factory=list)  # empty if the engine does not provide them
     step: int = 0
     k: int = 1
+    seen: int = 0  # tokens of the micro-batches so far
 
     def add(self, routing: Routing, x_TD: Tensor, now: Pass, every: int) -> None:
-        """Keep every ``every``-th token of a micro-batch."""
+        """Keep one of each ``every`` tokens."""
         self.step, self.k = now.step, now.k
-        self.inputs.append(x_TD[::every].detach().float().clone())
-        self.weights.append(routing.weights_TK[::every].detach().clone())
-        self.experts.append(routing.experts_TK[::every].clone())
+        rows_N = chosen(every, self.seen, self.seen + x_TD.size(0)).to(x_TD.device)
+        self.seen += x_TD.size(0)
+        self.inputs.append(x_TD[rows_N].detach().float())
+        self.weights.append(routing.weights_TK[rows_N].detach())
+        self.experts.append(routing.experts_TK[rows_N])
         if now.tokens is not None:
             ids_T, places_T, seq_length, _ = now.tokens
-            self.tokens.append(Tokens(ids_T[::every].clone(), places_T[::every].clone(), seq_length))
+            self.tokens.append(Tokens(ids_T[rows_N], places_T[rows_N], seq_length))
 
     @property
     def x_ND(self) -> Tensor:
@@ -99,11 +105,23 @@ class Sample:
         return thin
 
 
+def chosen(every: int, begin: int, end: int) -> Tensor:
+    """Which tokens from ``begin`` to ``end`` a sample has, counted from ``begin``: one of each block of
+    ``every`` tokens.
+
+    The place in the block follows multiples of the golden ratio.  The same place in each block would often be
+    the same position in each sequence, such as the first, which has no context.
+    """
+    blocks_N = torch.arange(begin // every, -(-end // every), dtype=torch.float64)
+    places_N = (every * (blocks_N + blocks_N * _GOLDEN % 1)).floor().long()
+    return places_N[(places_N >= begin) & (places_N < end)] - begin
+
+
 class Witness:
     """Counts what routers choose, and keeps a sample of their tokens."""
 
     def __init__(self, routers: Iterable[Router], *, every: int) -> None:
-        """``every``: the sample has every n-th token."""
+        """``every``: the sample has one of each n tokens."""
         self.every = every
         self.samples = {router.layer_number: Sample(router) for router in routers}
         found = [sample.router for sample in self.samples.values()]

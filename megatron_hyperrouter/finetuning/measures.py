@@ -75,7 +75,10 @@ def mcnemar(first_right_N: NDArray[np.bool_], second_right_N: NDArray[np.bool_])
     only_first = int((first_right_N & ~second_right_N).sum())
     only_second = int((second_right_N & ~first_right_N).sum())
     n, fewer = only_first + only_second, min(only_first, only_second)
-    below = sum(math.comb(n, each) for each in range(fewer + 1))
+    below, ways = 0, 1  # ways: binomial coefficient of n and each
+    for each in range(fewer + 1):
+        below += ways
+        ways = ways * (n - each) // (each + 1)
     return min(1.0, float(2 * below / 2**n)) if n else 1.0
 
 

@@ -160,5 +160,10 @@ def predictions(engine: SharedEngine, part: TextsOfSplit, topk: int, *, feed: Fe
             found = np.full((len(part), logits.shape[1]), np.nan)
         rows = np.array(feed.rows_of(part, data_rank))
         found[rows[rows >= 0]] = logits[rows >= 0]
-    assert found is not None and not np.isnan(found[:, 0]).any()
+    assert found is not None
+    if wrong := int((~np.isfinite(found)).any(1).sum()):
+        raise HyperRouterError(
+            f"with k = {topk}, the logits of {wrong} of {len(part)} texts are not finite",
+            remedy="fine-tune with a lower --lr or a longer --warmup",
+        )
     return found

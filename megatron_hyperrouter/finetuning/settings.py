@@ -127,6 +127,7 @@ def overrides(
         **_PLAIN,
         **_WITHOUT.get(router, {}),
         "global_batch_size": size,
+        "micro_batch_size": 1,  # see fitted()
         "train_iters": steps,
         "lr": settings.lr,
         "lr_decay_style": settings.lr_decay_style,

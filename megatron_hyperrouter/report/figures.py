@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ _SETTINGS: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.3,
+    "text.parse_math": False,  # a dollar sign in the name of a folder is a dollar sign
     "legend.frameon": False,
     "legend.fontsize": 9.0,
     "axes.titlesize": 10.0,
@@ -66,7 +68,10 @@ class Drawing:
             figure = Figure(figsize=size, layout="constrained")
             fill(figure.subplots(*grid))
             out = io.StringIO()
-            figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+            with warnings.catch_warnings():
+                # The text is in the page, and a browser has fonts for it.
+                warnings.filterwarnings("ignore", message="Glyph .* missing")
+                figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
         self._count += 1
         return _inline(out.getvalue(), f"f{self._count}-")
 
@@ -90,11 +95,12 @@ def lines(
     legend: bool = True,
 ) -> None:
     """Lines with bands or bars, a colour for each label in the order of ``series``."""
-    for number, (label, line) in enumerate(series.items()):
+    drawn = []
+    for number, line in enumerate(series.values()):
         color = COLORS[number % len(COLORS)]
         marker = MARKERS[number % len(MARKERS)] if line.marker else ""
-        axes.plot(
-            line.x, line.y, line.style, color=color, marker=marker, markersize=4, label=label, linewidth=1.4
+        drawn += axes.plot(
+            line.x, line.y, line.style, color=color, marker=marker, markersize=4, linewidth=1.4
         )
         if line.halves is not None and line.marker:
             axes.errorbar(line.x, line.y, line.halves, fmt="none", color=color, capsize=3, linewidth=1)
@@ -110,7 +116,7 @@ def lines(
         axes.minorticks_off()
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if legend and len(series) > 1:
-        axes.legend()
+        axes.legend(drawn, list(series))  # a label of a line must not begin with "_"; one of a legend may
 
 
 def heat(

@@ -43,9 +43,9 @@ def quality_chapter(found: Mapping[str, Mapping[str, Any]], drawing: Drawing, ti
         [
             name,
             row["topk"],
-            f"{row['lm_loss']:.4f}",
-            f"{row['perplexity']:.2f}" if row.get("perplexity") is not None else "-",
-            "-" if row.get("bits_per_byte") is None else f"{row['bits_per_byte']:.4f}",
+            cell(row["lm_loss"], ".4f"),
+            cell(row.get("perplexity"), ".2f"),
+            cell(row.get("bits_per_byte"), ".4f"),
             cell(content.get("word_perplexity", {}).get(str(row["topk"])), ".2f"),
         ]
         for name, content in found.items()
@@ -58,7 +58,8 @@ def quality_chapter(found: Mapping[str, Mapping[str, Any]], drawing: Drawing, ti
         series = {}
         for name, content in found.items():
             ordered = sorted(content["results"], key=lambda row: row["topk"])
-            series[name] = Line([r["topk"] for r in ordered], [r["lm_loss"] for r in ordered], marker="o")
+            losses = [math.nan if row["lm_loss"] is None else row["lm_loss"] for row in ordered]
+            series[name] = Line([row["topk"] for row in ordered], losses, marker="o")
         lines(axes, series, xlabel="active experts k", ylabel="loss, nats per token", log_x=True)
 
     section.figure(drawing.draw(fill), "Loss at each k. All points of a line have the same weights.")

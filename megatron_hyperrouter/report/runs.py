@@ -97,8 +97,9 @@ def loss_chapter(named: Mapping[str, TrainingRun], drawing: Drawing) -> Section:
             series[f"{name}, training"] = Line(*thinned(steps, smoothed(values, window)))
             valid = [record for record in named[name].evaluations if record["split"] == "valid"]
             if valid:
-                points = [float(record["step"]) for record in valid], [record["lm_loss"] for record in valid]
-                series[f"{name}, validation"] = Line(*points, style="--", marker="o")
+                steps = [float(record["step"]) for record in valid]
+                scores = [math.nan if record["lm_loss"] is None else record["lm_loss"] for record in valid]
+                series[f"{name}, validation"] = Line(steps, scores, style="--", marker="o")
         lines(axes, series, xlabel="step", ylabel="loss, nats per token")
 
     mean = "" if window == 1 else f" Each training loss is the mean of {window} steps."
@@ -270,4 +271,4 @@ def last_score(run: TrainingRun, split: str) -> str:
         return "-"
     record = found[-1]
     bits = "" if record.get("bits_per_byte") is None else f", {record['bits_per_byte']:.4f} bits per byte"
-    return f"{record['lm_loss']:.4f} nats per token{bits} (k = {record['topk']})"
+    return f"{cell(record['lm_loss'], '.4f')} nats per token{bits} (k = {record['topk']})"

@@ -117,8 +117,7 @@ def read(path: Path) -> Source:
     if (path / "runs.csv").is_file():
         return _scaling(path)
     if (path / "results.json").is_file():
-        content = _json(path / "results.json")
-        rows = content.get("results", [])
+        rows = _rows(_json(path / "results.json"))
         if rows and "accuracy" in rows[0]:
             return Finetuning(path, rows)
     if (path / "metrics.jsonl").is_file():
@@ -130,11 +129,18 @@ def read_run(folder: Path) -> TrainingRun:
     """A run folder."""
     records = list(_lines(folder / "metrics.jsonl"))
     settings = folder / "config.yaml"
-    extra = {}
-    for path in sorted(folder.glob("*.json")):
-        content = _json(path)
+    extra: dict[str, Any] = {}
+    named = [folder / "evaluation.json", folder / "analysis.json"]  # they count before any other file
+    others = sorted(path for path in folder.glob("*.json") if path not in named)
+    for path in [*named, *others]:
+        try:
+            content = _json(path) if path.is_file() else None
+        except ConfigError:
+            if path in named:
+                raise
+            continue  # not a file of this program
         if kind := _kind(content):
-            extra[kind] = content
+            extra.setdefault(kind, content)
     return TrainingRun(
         folder=folder,
         settings=settings_in(settings),
@@ -159,15 +165,21 @@ def _scaling(folder: Path) -> ScalingStudy:
     with (folder / "runs.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     fits = folder / "fit.json"
-    return ScalingStudy(folder, rows, json.loads(fits.read_text(encoding="utf-8")) if fits.is_file() else [])
+    return ScalingStudy(folder, rows, _json(fits) if fits.is_file() else [])
 
 
 def _kind(content: Any) -> str:
     """What tool wrote this: "analysis", "evaluation", or ""."""
-    rows = content.get("results") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict) or "topk" not in rows[0]:
+    rows = _rows(content)
+    if not rows or "topk" not in rows[0]:
         return ""
     return "analysis" if "layers" in rows[0] else "evaluation" if "lm_loss" in rows[0] else ""
+
+
+def _rows(content: Any) -> list[Record]:
+    """The list "results"; empty if there is none, or not one of objects."""
+    rows = content.get("results") if isinstance(content, dict) else None
+    return rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else []
 
 
 def settings_in(path: Path) -> dict[str, Any]:

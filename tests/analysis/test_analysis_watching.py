@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_hyperrouter import build_router
 from megatron_hyperrouter.analysis.experts import comparable_tokens, similarity_matrix
 from megatron_hyperrouter.analysis.routes import chance, fluctuation, saturation
-from megatron_hyperrouter.analysis.watching import Witness, watching
+from megatron_hyperrouter.analysis.watching import Witness, chosen, watching
 from megatron_hyperrouter.ops.similarity import linear_cka
 from megatron_hyperrouter.routers.base import Tokens
 
@@ -52,11 +52,26 @@ def test_measures_against_loops() -> None:
         assert found["load_max_over_mean"] == pytest.approx(max(counts) * E / (4 * T))
         assert seen.loads()[router.layer_number] == pytest.approx([count * E / (4 * T) for count in counts])
         sample = seen.samples[router.layer_number]
-        assert torch.equal(sample.x_ND, torch.cat([x_TD[::5] for x_TD in batches]))
+        golden = (math.sqrt(5) - 1) / 2
+        places = [math.floor(5 * (block + block * golden % 1)) for block in range(5)]
+        assert torch.equal(sample.x_ND, torch.cat(batches)[[place for place in places if place < 2 * T]])
         assert torch.equal(sample.first(3).x_ND, sample.x_ND[::2])
         outside = router(batches[0])
         assert torch.equal(outside.experts_TK, inside[first].experts_TK)
         assert "refine" not in vars(router)
+
+
+@pytest.mark.parametrize("every", [1, 32, 64, 100, 192])
+def test_a_sample_has_tokens_from_all_positions_of_a_sequence(every: int) -> None:
+    """A stride that has a divisor in common with the sequence length would always find the same ones."""
+    length, total = 64, 64 * 192
+    places = chosen(every, 0, total)
+    assert (places // every).tolist() == list(range(len(places)))
+    assert total // every - 1 <= len(places) <= -(-total // every)
+    tenths = torch.bincount(places % length * 8 // length, minlength=8).double() / len(places)
+    assert float((tenths - 1 / 8).abs().max()) < 0.05
+    parts = [chosen(every, begin, begin + 96) + begin for begin in range(0, total, 96)]
+    assert torch.equal(torch.cat(parts), places)
 
 
 @pytest.mark.parametrize(("std", "entropy"), [(0.16, 2.76), (0.58, 2.62), (1.0, 2.36), (2.0, 1.65)])
@@ -95,8 +110,11 @@ def test_similarity_matrix_against_pairs() -> None:
                 float(linear_cka(outputs_END[i], outputs_END[j])), abs=1e-5
             )
     assert float(matrix_EE[1, 3]) == pytest.approx(1.0, abs=1e-5)
-    outputs_END[0] = 1.0
-    assert similarity_matrix(outputs_END)[0].tolist() == [0.0] * E
+    for scale in (1e-12, 1e12):
+        assert torch.allclose(similarity_matrix(scale * outputs_END), matrix_EE, atol=1e-5)
+    outputs_END[0], outputs_END[2] = 0.1, 0.7  # their means are rounded
+    for constant in (0, 2):
+        assert similarity_matrix(outputs_END)[constant].tolist() == [0.0] * E
 
 
 def test_tokens_to_compare_fit_in_memory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from megatron_hyperrouter.checkpoint.description import describe
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
 from megatron_hyperrouter.commands.models import finetune
 from megatron_hyperrouter.commands.models.finetune_flags import read_flags, settings_of
+from megatron_hyperrouter.commands.studies import analyze
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
 from megatron_hyperrouter.errors import CheckpointError, ConfigError, DataError, HyperRouterError
 from megatron_hyperrouter.finetuning.saved import Course, SeedFolder
-from megatron_hyperrouter.finetuning.settings import Settings, overrides
+from megatron_hyperrouter.finetuning.settings import Settings, fitted, overrides
 from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.train.resuming.run_meta import run_meta
 
@@ -53,7 +55,8 @@ def command(home: Path, more: str, *, load: str = "run", task: str = "task") -> 
         ("--finetune-k 9", 2, "--finetune-k = 9"),
         ("--freeze router,head", 2, "'head' cannot be frozen"),
         ("--seeds 0 --epochs 0 --warmup 1", 2, "3 problems"),
-        ("--batch-size 6 --micro-batch-size 4", 2, "--global-batch-size"),
+        ("--batch-size 6 --micro-batch-size 4", 2, "  - --batch-size = 6"),
+        ("--aux-loss-coeff -1", 2, "  - --aux-loss-coeff = -1.0"),
         ("--config missing.yaml", 2, "cannot be read"),
     ],
 )
@@ -62,6 +65,14 @@ def test_settings_that_cannot_be(home: Path, more: str, status: int, words: str)
         command(home, more)
     assert refused.value.exit_status == status and words in str(refused.value)
     assert not (home / "out").exists()
+
+
+def test_the_batch_need_not_fit_the_micro_batch_of_pretraining(home: Path, tmp_path: Path) -> None:
+    work = finetune.Work.of(
+        read_flags(f"--load {home}/run --task {home}/task --output {tmp_path} --batch-size 5".split(), "")
+    )
+    assert work.run.settings.train.global_batch_size == 5
+    assert fitted(work.run.settings, work.settings, longest=3, world_size=1).train.micro_batch_size == 1
 
 
 def test_no_run_no_task_and_an_output_that_is_there(home: Path) -> None:
@@ -79,6 +90,19 @@ def test_no_run_no_task_and_an_output_that_is_there(home: Path) -> None:
         with pytest.raises(HyperRouterError, match=words) as refused:
             command(home, f"--output {home / place}")
         assert refused.value.exit_status == 2
+
+
+def test_tasks_of_srun_are_ranks(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tasks must not fine-tune, each for itself, into one folder; mhr analyze refuses them."""
+    environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    tasks = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"} | {
+        "SLURM_STEP_NUM_NODES": "1"
+    }
+    for start in (lambda: command(home, "", task="nothing"), analyze.refuse_several_ranks):
+        monkeypatch.setattr(os, "environ", environ | tasks)
+        with pytest.raises(HyperRouterError, match=r"no such folder|ranks = 2"):
+            start()
+        assert os.environ["WORLD_SIZE"] == "2"
 
 
 @pytest.mark.parametrize(
@@ -158,6 +182,8 @@ def test_comparisons_that_cannot_be(tmp_path: Path) -> None:
         with pytest.raises(HyperRouterError, match=words) as refused:
             finetune.main(["--compare", str(first), str(second)])
         assert refused.value.exit_status == 3
+    with pytest.raises(ConfigError, match="is not a file"):
+        finetune.main(["--compare", str(first), str(first), "--output", str(tmp_path)])
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binomtest
 
+from megatron_hyperrouter.errors import HyperRouterError
+from megatron_hyperrouter.finetuning import session
 from megatron_hyperrouter.finetuning.measures import (
     calibration_error,
     macro_f1,
@@ -15,6 +20,7 @@ from megatron_hyperrouter.finetuning.measures import (
     paired_bootstrap,
     scores,
 )
+from megatron_hyperrouter.model.loss import ClassLoss
 
 
 def rights(both: int, first: int, second: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -59,6 +65,23 @@ def test_calibration_error_against_a_loop_over_bins() -> None:
 def test_mcnemar_is_scipy_s_binomial_test(first: int, second: int) -> None:
     expected = binomtest(first, first + second).pvalue if first + second else 1.0
     assert mcnemar(*rights(40, first, second, 9)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_logits_that_are_not_finite_are_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a step with a much too large learning rate."""
+
+    def gather(everyone: list[Any], own: Any) -> None:
+        everyone[0] = own
+
+    monkeypatch.setattr(session.parallel_state, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(session.dist, "all_gather_object", gather)
+    loss = ClassLoss.__new__(ClassLoss)
+    logits_NC = torch.tensor([[1.0, 2.0], [math.nan, 0.0], [0.0, math.inf]])
+    engine: Any = SimpleNamespace(loss=loss, place=SimpleNamespace(world_size=1, data_rank=0))
+    engine.evaluate = lambda batches, topk: loss.kept.append((logits_NC, None))
+    feed: Any = SimpleNamespace(all=lambda part: (), rows_of=lambda part, rank: [0, 1, 2])
+    with pytest.raises(HyperRouterError, match="the logits of 2 of 3 texts are not finite"):
+        session.predictions(engine, [None] * 3, 2, feed=feed)  # type: ignore[arg-type]
 
 
 def test_the_bootstrap_interval_is_that_of_resampled_texts() -> None:

@@ -189,6 +189,48 @@ def test_an_event_without_a_usable_time_has_no_minutes(tmp_path: Path) -> None:
     assert page.row("new", "odd")[3] == page.row("new", "none")[3] == "-"
 
 
+def test_losses_that_are_not_finite_are_dashes(tmp_path: Path) -> None:
+    """Files have null for them."""
+    run = write_run(tmp_path / "run", steps=2)
+    score = {"topk": 2, "lm_loss": None, "perplexity": None, "bits_per_byte": None}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 2, "split": "valid", **score}) + "\n")
+    (run / "evaluation.json").write_text(json.dumps({"results": [score]}))
+    write_report([run], tmp_path / "r.html")
+    page = Page((tmp_path / "r.html").read_text())
+    assert page.row("last validation loss")[1] == "- nats per token (k = 2)"
+    assert page.row("run", "2")[2:5] == ["-", "-", "-"]
+
+
+def test_names_that_matplotlib_would_read_as_markup(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    names = ["_first", "a$^$b", "日本"]
+    write_report([write_run(tmp_path / name, steps=2) for name in names], tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert all(f">{name}, training</text>" in text for name in names)
+    assert not list(recwarn)
+
+
+def test_other_files_in_a_run_folder(tmp_path: Path) -> None:
+    """evaluation.json counts, whatever else is there."""
+    run = write_run(tmp_path / "run", steps=2)
+    for name, loss in (("evaluation", 1.5), ("other", 2.5)):
+        row = {"topk": 7, "lm_loss": loss, "perplexity": 9.0, "bits_per_byte": None}
+        (run / f"{name}.json").write_text(json.dumps({"results": [row]}))
+    (run / "notes.json").write_text("{")
+    write_report([run], tmp_path / "r.html")
+    assert Page((tmp_path / "r.html").read_text()).row("run", "7")[2] == "1.5000"
+    (run / "evaluation.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        write_report([run], tmp_path / "r.html")
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"results": [1]}', '{"results": {"a": 1}}'])
+def test_results_of_another_program_are_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ConfigError, match="must be the folder of a run or of a study"):
+        write_report([tmp_path], tmp_path / "r.html")
+
+
 @pytest.mark.parametrize("name", ["folder", "pipe"])
 def test_an_output_that_is_no_file_is_refused_and_stays(name: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=2)

@@ -4,6 +4,7 @@ document.
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -67,6 +68,30 @@ def test_packed_documents_count_as_each_alone(tool: ModuleType, tmp_path: Path) 
     assert tool.baseline_bits(data, len(data.test) * LENGTH, BYTES_V, VOCABULARY) != pytest.approx(
         found, rel=1e-2
     )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"results": [{"topk": 1, "accuracy": 0.5}]}, "contains no evaluation results"),
+        ({"results": [1]}, "contains no evaluation results"),
+        ({"split": "valid"}, "contains an evaluation of the valid split"),
+        ({"eval_stride": 4}, "contains an evaluation with --eval-stride 4"),
+        ({"data": ["a"]}, "contains an evaluation with --data-path a"),
+    ],
+)
+def test_results_of_other_tokens_are_refused(
+    tool: ModuleType, tmp_path: Path, content: dict[str, Any], words: str
+) -> None:
+    rows = [{"topk": 1, "lm_loss": None, "bits_per_byte": None, "tokens": 9}]
+    (tmp_path / "e.json").write_text(json.dumps({"results": rows, "split": "test"} | content))
+    with pytest.raises(DataError, match=words):
+        tool.read_results(tmp_path / "e.json")
+
+
+def test_a_loss_that_is_not_finite_has_a_row(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    tool.show({"bigram": 2.0, "model": None}, 9, masked=False)
+    assert "model" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("eod", [None, EOD])

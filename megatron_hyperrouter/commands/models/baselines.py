@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     from megatron_hyperrouter.data.stream.dataset import build_splits
     from megatron_hyperrouter.errors import DataError
 
-    results: list[dict[str, Any]] = read_results(args.results)
+    results = read_results(args.results, args.data_path)
     if args.output is not None:
         check_output(args.output)
     run = TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model)
@@ -83,12 +83,16 @@ def main(arguments: Sequence[str]) -> None:
         write_json(args.output, {"bits_per_byte": rows, "tokens": results[0]["tokens"]})
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The rows of an evaluation."""
+def read_results(path: Path, data_path: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of an evaluation; DataError if the baselines with ``data_path`` would score other tokens."""
     from megatron_hyperrouter.errors import DataError
 
     try:
-        results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]
+        found = json.loads(path.read_text(encoding="utf-8"))
+        results = [
+            {"topk": int(row["topk"]), "tokens": int(row["tokens"]), "bits_per_byte": row["bits_per_byte"]}
+            for row in found["results"]
+        ]
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror}", remedy="give the file that mhr evaluate wrote"
@@ -100,6 +104,21 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         ) from error
     if not results:
         raise DataError(f"{path} has no results", remedy="evaluate the run with at least one k")
+    split, stride, data = (found.get(name) for name in ("split", "eval_stride", "data"))
+    other = ""
+    if split not in (None, "test"):
+        other = f"of the {split} split"
+    elif stride is not None:
+        other = f"with --eval-stride {stride}"
+    elif data and not data_path:
+        other = f"with --data-path {' '.join(map(str, data))}"
+    if other:
+        raise DataError(
+            f"{path} contains an evaluation {other}, but the baselines score adjacent windows of the test "
+            "split of the run's data",
+            remedy="run mhr evaluate again for the test split, without --eval-stride, and with the same "
+            "--data-path as mhr baselines",
+        )
     return results
 
 
@@ -111,7 +130,7 @@ def baseline_bits(
     *,
     eod: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Bits per byte of both baselines on the first ``tokens`` targets of the test split, in the order of
     an evaluation.
 
@@ -168,8 +187,8 @@ def stretches(
         yield from (part for part in parts if len(part) > 1)
 
 
-def show(rows: dict[str, float], tokens: int, *, masked: bool) -> None:
-    """The table for the terminal."""
+def show(rows: dict[str, float | None], tokens: int, *, masked: bool) -> None:
+    """The table for the terminal; a loss that is not finite has no bits per byte."""
     from rich.console import Console
     from rich.table import Table
 
@@ -178,6 +197,8 @@ def show(rows: dict[str, float], tokens: int, *, masked: bool) -> None:
     table.add_column("")
     table.add_column("bits per byte", justify="right")
     table.add_column("change from bigram", justify="right")
+    bigram = rows["bigram"]
     for name, bits in rows.items():
-        table.add_row(name, f"{bits:.4f}", f"{bits / rows['bigram'] - 1:+.1%}")
+        change = f"{bits / bigram - 1:+.1%}" if bits is not None and bigram else "-"
+        table.add_row(name, "-" if bits is None else f"{bits:.4f}", change)
     Console().print(table)

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter import console
-from megatron_hyperrouter.commands.models.finetune_flags import layout_of, read_flags, settings_of
+from megatron_hyperrouter.commands.models.finetune_flags import layout_of, own_flags, read_flags, settings_of
 from megatron_hyperrouter.errors import STOPPED, ConfigError, Problem
 from megatron_hyperrouter.evaluate.trained import TrainedRun
+from megatron_hyperrouter.files import check_output as check_file
 from megatron_hyperrouter.files import write_json
 from megatron_hyperrouter.finetuning.settings import Settings, check, fitted, overrides
 from megatron_hyperrouter.terminal import Bar, show
@@ -84,13 +85,14 @@ class Work:
             layout=layout_of(args),
             steps=settings.steps_for(len(task.parts["train"])),
         )
-        run = TrainedRun.open(
-            args.load,
-            world_size=launched_world_size(),
-            tokenizer_model=args.tokenizer_model,
-            overrides=asked,
-            headed=True,
-        )
+        with own_flags():
+            run = TrainedRun.open(
+                args.load,
+                world_size=launched_world_size(),
+                tokenizer_model=args.tokenizer_model,
+                overrides=asked,
+                headed=True,
+            )
         work = cls(args.output, settings, run, task, tokenizer)
         if args.test:
             check_labels(args, run, task)
@@ -285,6 +287,8 @@ def compare(first: Path, second: Path, *, output: Path | None) -> None:
     """Two fine-tuning runs on one task; a table, and JSON where a file is named."""
     from megatron_hyperrouter.finetuning import reports
 
+    if output is not None:
+        check_file(output)
     found = reports.compare(first, second)
     for line in reports.comparison_table(found):
         show(line)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 
 from megatron_hyperrouter.errors import ConfigError, Problem
 from megatron_hyperrouter.evaluate.trained import add_run_flags
 from megatron_hyperrouter.finetuning.settings import Settings
+from megatron_hyperrouter.guard.ranks import adopt_ranks
 from megatron_hyperrouter.terminal import Parser, parser
 
 _LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 
 
 def read_flags(arguments: Sequence[str], description: str) -> Namespace:
-    """The flags, those of --config first; a wrong one ends with status 2."""
+    """The flags, those of --config first; a wrong one ends with status 2.  Tasks of srun and mpirun become
+    ranks.
+    """
     flags = all_flags(description)
     written, _ = _config_flag().parse_known_args(arguments)
     args = flags.parse_args([*(words_of(written.config) if written.config else ()), *arguments])
@@ -24,6 +28,7 @@ def read_flags(arguments: Sequence[str], description: str) -> Namespace:
         return args
     if missing := [flag for flag in ("load", "task", "output") if getattr(args, flag) is None]:
         flags.error(f"the following arguments are required: {', '.join(f'--{flag}' for flag in missing)}")
+    adopt_ranks()
     return args
 
 
@@ -234,3 +239,15 @@ def layout_of(args: Namespace) -> dict[str, object]:
     """The settings of engine and layout that were given."""
     names = ("engine", *_LAYOUT, "sequence_parallel")
     return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+@contextmanager
+def own_flags() -> Iterator[None]:
+    """Problems of settings name the flags of this command."""
+    own = {"--global-batch-size": "--batch-size", "--moe-aux-loss-coeff": "--aux-loss-coeff"}
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(
+            [replace(each, field=own.get(each.field, each.field)) for each in error.problems]
+        ) from error

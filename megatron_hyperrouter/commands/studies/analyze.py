@@ -76,7 +76,9 @@ def main(arguments: Sequence[str]) -> None:
 def refuse_several_ranks() -> None:
     """Raises ConfigError under a launcher of several ranks."""
     from megatron_hyperrouter.errors import ConfigError, Problem
+    from megatron_hyperrouter.guard.ranks import adopt_ranks
 
+    adopt_ranks()
     ranks = os.environ.get("WORLD_SIZE", "1")
     if ranks != "1":
         rule = "must be 1, because one process compares all experts"
