@@ -16,12 +16,14 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_hyperrouter.checkpoint.weights import read_tensors, read_weights, weight_names
 from megatron_hyperrouter.config.by_role import beyond_plain_layers
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.export.router_matrices import routing_matrices
+from megatron_hyperrouter.files import publish, unfinished_folder
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
 from megatron_hyperrouter.model.spec import RMSNorm, expert_spec, layer_spec, transformer_config
 
@@ -61,9 +63,13 @@ def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> 
         raise CheckpointError(
             f"{target} already exists", remedy="choose another --output, or move that folder away"
         )
-    target.mkdir(parents=True)
     state = {"model": model.sharded_state_dict(), "iteration": step, "checkpoint_version": 3.0}
-    dist_checkpointing.save(state, str(target))
+    with unfinished_folder(target) as draft:
+        try:
+            dist_checkpointing.save(state, str(draft))
+        except (RuntimeError, CheckpointException) as error:  # such as a full disk
+            raise OSError(str(error).splitlines()[-1]) from error
+        publish(draft, target)
     (output / "latest_checkpointed_iteration.txt").write_text(f"{step}\n", encoding="utf-8")
     return target
 

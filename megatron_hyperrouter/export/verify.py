@@ -42,13 +42,18 @@ def read_certificate(folder: Path) -> dict[str, Any]:
 
 
 def differences(folder: Path, certificate: dict[str, Any]) -> list[str]:
-    """How the folder differs from its certificate: files and tensors that are missing, altered or extra."""
+    """How the folder differs from its certificate: files and tensors that are missing, altered or extra.
+
+    Names with a dot in front do not count: a download from the Hugging Face hub adds some, such as
+    ``.gitattributes``, and no program loads them.
+    """
     found: list[str] = []
     seen: set[str] = set()
     for name, wanted in certificate["files"].items():
         found += _differences_of_file(folder / name, wanted, certificate["tensors"], seen)
     found += [f"{tensor}: missing" for tensor in sorted(set(certificate["tensors"]) - seen)]
-    extra = {path.name for path in folder.iterdir()} - set(certificate["files"]) - {CERTIFICATE}
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    extra = there - set(certificate["files"]) - {CERTIFICATE}
     return found + [f"{name}: the certificate does not list this file" for name in sorted(extra)]
 
 

@@ -11,7 +11,7 @@ from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.generation.decoder import Decoder, Loaded
 from megatron_hyperrouter.importing.fitting import check_equal, fitting_folder, settings_of_folder
 from megatron_hyperrouter.importing.routers import imported_routers
-from megatron_hyperrouter.importing.settings import run_of
+from megatron_hyperrouter.importing.settings import check_rows, run_of
 from megatron_hyperrouter.importing.weights import ImportedWeights
 
 
@@ -28,6 +28,7 @@ def load_folder(path: Path, tokenizer_model: str | None = None) -> Loaded:
     settings = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": name}
     run = run_of({**settings_of_folder(folder), **settings})
     tokenizer = build_tokenizer("HuggingFaceTokenizer", name, None)
+    check_rows(tokenizer, name, folder.rows)
     with torch.no_grad():
         routers = imported_routers(
             run, weights.names(), weights.read, vocab_size=tokenizer.vocab_size, reset=False

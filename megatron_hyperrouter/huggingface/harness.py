@@ -47,13 +47,22 @@ def main(arguments: list[str]) -> None:
 
 
 def row_of(k: int, task: str, metrics: dict[str, Any]) -> dict[str, Any]:
-    """``acc,none`` and ``acc_stderr,none`` as ``acc`` and ``acc_stderr``, which is None if there is none."""
-    numbers = {
-        name.split(",")[0]: value if isinstance(value, (int, float)) else None
-        for name, value in metrics.items()
-        if "," in name and (isinstance(value, (int, float)) or "_stderr," in name)
-    }
-    return {"topk": k, "task": task, **numbers}
+    """``acc,none`` and ``acc_stderr,none`` as ``acc`` and ``acc_stderr``, which is None if there is none.  A
+    metric that the task computes from several filters of the answers keeps the filter in its name.
+    """
+    found: dict[str, dict[str, dict[str, float | None]]] = {}  # metric -> filter -> "" or "_stderr" -> value
+    for name, value in metrics.items():
+        metric, comma, filter_ = name.partition(",")
+        end = "_stderr" if metric.endswith("_stderr") else ""
+        number = value if isinstance(value, (int, float)) else None
+        if comma and (number is not None or end):
+            found.setdefault(metric.removesuffix(end), {}).setdefault(filter_, {})[end] = number
+    row: dict[str, Any] = {"topk": k, "task": task}
+    for metric, filters in found.items():
+        for filter_, numbers in filters.items():
+            name = metric if len(filters) == 1 else f"{metric},{filter_}"
+            row |= {name + end: number for end, number in numbers.items()}
+    return row
 
 
 if __name__ == "__main__":

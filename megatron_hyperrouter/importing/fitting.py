@@ -28,6 +28,15 @@ _DEEPSEEK = (
     "first_k_dense_replace n_shared_experts n_group topk_group routed_scaling_factor moe_intermediate_size "
     "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"
 ).split()
+_POSITIVE = """
+hidden_size num_hidden_layers num_attention_heads intermediate_size moe_intermediate_size rms_norm_eps
+max_position_embeddings num_experts num_local_experts n_routed_experts num_experts_per_tok decoder_sparse_step
+kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim
+""".split()
+_OPTIONAL = """
+vocab_size head_dim num_key_value_heads q_lora_rank rope_theta n_shared_experts first_k_dense_replace n_group
+shared_expert_intermediate_size topk_group routed_scaling_factor num_nextn_predict_layers moe_layer_freq
+""".split()
 _DEEPSEEK_V3, _DEEPSEEK_V2 = "DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM"
 _GROUP_BEST = {_DEEPSEEK_V2: 1}  # experts by which a group is judged; the others count two
 
@@ -49,11 +58,12 @@ def problems(folder: HfFolder) -> Iterator[str]:
     needed = (*_NEEDED, *_NEEDED_BY.get(folder.architecture, ()), *(_DEEPSEEK if folder.latent else ()))
     missing = [name for name in needed if name not in config]
     yield from (f"config.json has no {name}" for name in missing)
+    yield from (wrong := list(_wrong_values(config)))
     if "model.embed_tokens.weight" not in folder.reader:
         yield "the weights have no tensor model.embed_tokens.weight"
     elif (size := config.get("vocab_size", folder.rows)) != folder.rows:
         yield f"vocab_size is {size}, but model.embed_tokens.weight has {folder.rows} rows"
-    if missing:
+    if missing or wrong:
         return
     if folder.theta <= 1:
         yield f"rope_theta {folder.theta:g} must be greater than 1"
@@ -83,6 +93,23 @@ def problems(folder: HfFolder) -> Iterator[str]:
         yield from _expert_problems(folder)
     if folder.latent:
         yield from _latent_problems(config)
+
+
+def _wrong_values(config: dict[str, Any]) -> Iterator[str]:
+    for name in (*_POSITIVE, *_OPTIONAL):
+        value, optional = config.get(name, 1), name in _OPTIONAL
+        if value is None and optional:
+            continue
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or value < 0 or (value == 0 and not optional):
+            yield f"{name} is {value!r}, but must be a positive number"
+    for name, kind, called in (
+        ("rope_parameters", dict, "an object"),
+        ("rope_scaling", dict, "an object"),
+        ("mlp_only_layers", list, "a list"),
+    ):
+        if config.get(name) is not None and not isinstance(config[name], kind):
+            yield f"{name} is {config[name]!r}, but must be {called}"
 
 
 def _expert_problems(folder: HfFolder) -> Iterator[str]:

@@ -14,8 +14,9 @@ from megatron_hyperrouter.checkpoint.description import Description, describe
 from megatron_hyperrouter.config.cli import dump, load_file
 from megatron_hyperrouter.config.derived import NO_DATA
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
+from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer, tokenizer_of
 from megatron_hyperrouter.data.tokenize.transformers_files import is_byte_tokenizer
+from megatron_hyperrouter.errors import ConfigError, Problem
 from megatron_hyperrouter.routers import ROUTERS
 
 
@@ -46,6 +47,13 @@ def tokenizer_settings(file: Path, rows: int) -> dict[str, Any]:
     if is_byte_tokenizer(file):
         return {"tokenizer_type": "ByteTokenizer"}
     return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(file.resolve())}
+
+
+def check_rows(tokenizer: Tokenizer, file: object, rows: int) -> None:
+    """ConfigError if the tokenizer in ``file`` has ids that the embedding has no row for."""
+    if tokenizer.vocab_size > rows:
+        rule = f"has {tokenizer.vocab_size:,} token ids, but the model's vocab_size is only {rows:,}"
+        raise ConfigError([Problem("--tokenizer-model", file, rule, "give the model's own tokenizer")])
 
 
 def described_run(run: RunConfig) -> Description:

@@ -21,6 +21,7 @@ MOE: dict[str, Naming] = {
 }
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")
+_THETA = {"MixtralForCausalLM": 1e6}  # of a config.json without rope_theta, as Llama 2 has; others: 10000
 UNLIKE = {
     "OlmoeForCausalLM": "each q/k norm of this class spans all heads, which is not supported",
     "GptOssForCausalLM": "the biases and attention sinks of this class are not supported",
@@ -46,7 +47,8 @@ class HfFolder:
     def theta(self) -> float:
         """Base of the rotary positions; ``rope_parameters`` wins, as in transformers 5."""
         rope = self.config.get("rope_parameters") or {}
-        return float(rope.get("rope_theta", self.config.get("rope_theta", 0.0)))
+        given = rope.get("rope_theta", self.config.get("rope_theta"))
+        return float(_THETA.get(self.architecture, 1e4) if given is None else given)
 
     @property
     def rows(self) -> int:
@@ -133,12 +135,31 @@ def open_folder(path: Path) -> HfFolder:
         export = "; if mhr export-hf wrote this folder, use the run that was exported"
         remedy = f"choose another model{export if 'auto_map' in config else ''}"
         raise CheckpointError(f"{path}: model class {architecture} cannot be used: {reason}", remedy=remedy)
-    files = sorted(path.glob("*.safetensors"))
+    files = _weight_files(path)
     if not files:
         raise CheckpointError(
             f"{path} has no .safetensors files", remedy=("save the model in the safetensors format")
         )
     return HfFolder(path, architecture, config, TensorReader(files))
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files that transformers reads.  A folder can have others, such as Mistral's
+    ``consolidated.safetensors``, which contains the same weights under other names.
+    """
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return sorted(path.glob("*.safetensors"))
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [path / name for name in sorted(names)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} cannot be read as a list of weight files",
+            remedy="download the folder again, or save the model again",
+        ) from error
 
 
 def shared_width(config: dict[str, Any]) -> int:

@@ -23,7 +23,8 @@ _INSTALL = {
     HARNESS: "run: pip install 'megatron-hyperrouter[hf,eval]', or give another Python with --python",
     GGUF: "run: pip install gguf, or give another Python with --python",
 }
-_QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+_QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+_OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
 def require(script: Path, *, python: str | None = None) -> None:
@@ -37,8 +38,12 @@ def require(script: Path, *, python: str | None = None) -> None:
         raise HostError(f"{program} cannot import {' and '.join(missing)}", remedy=_INSTALL[script])
 
 
-def ask(task: Mapping[str, Any], *, python: str | None = None, script: Path = COMPARE) -> dict[str, Any]:
-    """The answer of ``script`` to ``task``; HostError if that Python lacks a library."""
+def ask(
+    task: Mapping[str, Any], *, python: str | None = None, script: Path = COMPARE, hub: bool = False
+) -> dict[str, Any]:
+    """The answer of ``script`` to ``task``; HostError if that Python lacks a library.  ``hub``: whether it
+    may download from the Hugging Face hub.
+    """
     with tempfile.TemporaryDirectory(prefix="mhr-proof-") as folder:
         asked, answered = Path(folder) / "task.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(task), encoding="utf-8")
@@ -46,7 +51,7 @@ def ask(task: Mapping[str, Any], *, python: str | None = None, script: Path = CO
         done = _run(
             [program, str(script), str(asked), str(answered)],
             cwd=folder,
-            env=_environment() | {"HF_MODULES_CACHE": folder},
+            env=_environment() | {"HF_MODULES_CACHE": folder} | ({} if hub else _OFFLINE),
         )
         if done.returncode == 0:
             found: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
@@ -82,6 +87,6 @@ def _run(command: list[str], *, cwd: str, env: Mapping[str, str]) -> subprocess.
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment, without the variables of a launcher, and with the network switched off."""
+    """This process's environment, without the variables of a launcher."""
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
     return {name: value for name, value in os.environ.items() if name not in ours} | _QUIET

@@ -52,6 +52,13 @@ def test_flags_that_cannot_be_followed(run: Path, tmp_path: Path) -> None:
     assert status == 2 and "--topk = 0: must be at least 1" in message
     status, message = refused(run, tmp_path / "out", "--gguf", str(run))
     assert status == 2 and f"--gguf = {run}: is not a file" in message
+    status, message = refused(run, tmp_path / "out", "--gguf", str(tmp_path / "out" / "model.gguf"))
+    assert status == 2 and "model.gguf: must not be in the folder of --output = " in message
+    for size in ("infGB", "nanGB", "0"):
+        status, message = refused(run, tmp_path / "out", "--max-shard-size", size)
+        assert status == 2 and f"--max-shard-size = {size}: must be a size such as 500MB" in message
+    with pytest.raises(HyperRouterError, match=r"--verify = .*: cannot be combined with --topk and --gguf"):
+        main(["--verify", str(run), "--gguf", "model.gguf", "--topk", "1"])
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
     with pytest.raises(HyperRouterError, match="mhr import-hf --input") as error:

@@ -4,13 +4,18 @@ router, the same losses.
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed import REPOSITORY
 from engines.layout_worker import tiny_config
 from engines.te_ranks import run_afresh
+from export.made_up import TINY, make_up
 
 from megatron_hyperrouter.config.by_role import names_with
 from megatron_hyperrouter.config.cli import parse
@@ -57,6 +62,29 @@ def test_megatron_core_scores_the_same(told: dict[str, dict[str, Any]], case: st
 @pytest.mark.parametrize("flags", REFUSED)
 def test_what_would_be_another_model_is_refused(told: dict[str, dict[str, Any]], flags: str) -> None:
     assert REFUSED[flags] in told[flags]["refused"] and "remedy" in told[flags]["refused"]
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
+    make_up(tmp_path / "run", TINY)
+    words = ["export-megatron", "--load", str(tmp_path / "run"), "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [
+            "bash",
+            "-c",
+            'ulimit -f 20; exec "$@"',
+            "bash",
+            sys.executable,
+            "-m",
+            "megatron_hyperrouter",
+            *words,
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        check=False,
+    )
+    assert done.returncode == 4 and "iter_0000000 cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr and not list((tmp_path / "out").iterdir())
 
 
 def test_flags_describe_the_model() -> None:

@@ -60,8 +60,15 @@ def cut(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:20])
 
 
+def download(folder: Path) -> None:
+    """What the Hugging Face hub adds."""
+    (folder / ".gitattributes").touch()
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+
+
 HARM: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "nothing": (lambda folder: None, []),
+    "downloaded from the hub": (download, []),
     "a bit flipped": (flip, ["gate (F32 [5]) has changed"]),
     "config edited": (
         rewrite("config.json", '{"num_experts_per_tok": 4}'),

@@ -18,6 +18,7 @@ from megatron_hyperrouter.errors import ConfigError
 from megatron_hyperrouter.generation.attention import KeyValueCache
 from megatron_hyperrouter.generation.decoder import Loaded
 from megatron_hyperrouter.generation.load import load
+from megatron_hyperrouter.huggingface.harness import row_of
 from megatron_hyperrouter.huggingface.local_tasks import questions
 
 pytestmark = pytest.mark.processes
@@ -68,6 +69,22 @@ def scored(home: Path, *flags: str) -> dict[str, Any]:
     main([*words, *flags])
     scores: dict[str, Any] = json.loads((home / "scores.json").read_text())
     return scores
+
+
+def test_a_metric_of_two_filters_has_both_values() -> None:
+    metrics = {"alias": "gsm8k", "acc,none": 1, "acc_stderr,none": "N/A", "acc_name,none": "x"}
+    for filter_, value in (("strict", 0.25), ("flexible", 0.5)):
+        metrics |= {f"exact_match,{filter_}": value, f"exact_match_stderr,{filter_}": value / 10}
+    assert row_of(2, "gsm8k", metrics) == {
+        "topk": 2,
+        "task": "gsm8k",
+        "acc": 1,
+        "acc_stderr": None,
+        "exact_match,strict": 0.25,
+        "exact_match,strict_stderr": 0.025,
+        "exact_match,flexible": 0.5,
+        "exact_match,flexible_stderr": 0.05,
+    }
 
 
 def test_the_harness_scores_each_k(tmp_path: Path) -> None:

@@ -29,10 +29,10 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What the harness was asked; it answers with k as the accuracy."""
     seen: list[dict[str, Any]] = []
 
-    def ask(task: Mapping[str, Any], *, python: str | None, script: Path) -> dict[str, Any]:
+    def ask(task: Mapping[str, Any], *, python: str | None, script: Path, hub: bool) -> dict[str, Any]:
         assert script == child.HARNESS
         config = json.loads((Path(task["folder"]) / "config.json").read_text())
-        seen.append(dict(task) | {"experts": config["num_experts_per_tok"]})
+        seen.append(dict(task) | {"experts": config["num_experts_per_tok"], "hub": hub})
         rows = [{"topk": k, "task": name, "acc": float(k)} for k in task["topks"] for name in task["tasks"]]
         return {"results": rows, "versions": {"lm_eval": "0"}}
 
@@ -63,6 +63,26 @@ def test_each_k_is_a_column(
         "1.0000",
         "4.0000",
     ] in lines
+
+
+def test_own_tasks_beside_those_of_the_project(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
+    """Both folders are searched; only tasks that may need it can download data."""
+    make_up(tmp_path / "run", TINY)
+    (tmp_path / "own").mkdir()
+    run_on(tmp_path / "run", tmp_path)
+    run_on(tmp_path / "run", tmp_path, "--tasks", "held_out", "mine", "--include-path", str(tmp_path / "own"))
+    assert [len(task["include_path"]) for task in tasks] == [1, 2]
+    assert tasks[1]["include_path"][0] == str(tmp_path / "own")
+    assert [task["hub"] for task in tasks] == [False, True]
+    with pytest.raises(ConfigError, match=r"--include-path = .*/none: is not a folder"):
+        run_on(tmp_path / "run", tmp_path, "--include-path", str(tmp_path / "none"))
+
+
+def test_the_hub_is_out_of_reach_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    script = tmp_path / "answer.py"
+    script.write_text("import os, sys\nopen(sys.argv[2], 'w').write(os.environ.get('HF_HUB_OFFLINE', '0'))\n")
+    assert [child.ask({}, script=script, hub=hub) for hub in (False, True)] == [1, 0]
 
 
 @pytest.mark.parametrize("word, rule", [("text.jsonl/a.json", "cannot be written"), (".", "is not a file")])

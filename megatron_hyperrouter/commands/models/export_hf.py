@@ -8,6 +8,7 @@ checks an existing folder and needs only the Python standard library; --numbers 
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.export.folder import Export
     from megatron_hyperrouter.proof.exports import Asked
 
+_VERIFYING = ("verify", "numbers", "python", "local_rank")  # flags that --verify can be combined with
 _DECIMAL = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -311,16 +313,23 @@ def _check_together(flags: Parser, args: Namespace) -> None:
             flags.refuse(names, "", rule, f"add {names}, or give --verify FOLDER to verify a folder")
         if args.numbers:
             flags.refuse("--numbers", "", "needs --verify FOLDER", "add --verify FOLDER")
-    elif args.load is not None or args.output is not None:
-        rule = "cannot be combined with --load or --output"
-        flags.refuse("--verify", args.verify, rule, "leave out --load and --output")
+        if args.gguf is not None and args.gguf.absolute().is_relative_to(args.output.absolute()):
+            rule = f"must not be in the folder of --output = {args.output}"
+            flags.refuse("--gguf", args.gguf, rule, "name a file outside that folder")
+    elif unused := [
+        f"--{name.replace('_', '-')}"
+        for name, value in vars(args).items()
+        if name not in _VERIFYING and value != flags.get_default(name)
+    ]:
+        names = " and ".join(unused)
+        flags.refuse("--verify", args.verify, f"cannot be combined with {names}", f"leave out {names}")
     flags.check_at_least(args, 1, "proof_samples", "topk")
 
 
 def size(word: str) -> int:
     """``5GB`` -> 5 * 10**9; raises ValueError."""
     number, unit = word[:-2], word[-2:].upper()
-    found = int(float(number) * _DECIMAL[unit]) if unit in _DECIMAL else int(word)
-    if found < 1:
+    found = float(number) * _DECIMAL[unit] if unit in _DECIMAL else int(word)
+    if not 1 <= found < math.inf:
         raise ValueError(word)
-    return found
+    return int(found)

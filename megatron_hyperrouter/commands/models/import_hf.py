@@ -129,9 +129,10 @@ def weights_of(args: Namespace, folder: HfFolder) -> ImportedWeights | UpcycledW
 
 def run_of(args: Namespace, folder: HfFolder, weights: ImportedWeights | UpcycledWeights) -> RunConfig:
     """The settings of the run."""
+    from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
     from megatron_hyperrouter.importing.fitting import settings_of_folder
+    from megatron_hyperrouter.importing.settings import check_rows, tokenizer_settings
     from megatron_hyperrouter.importing.settings import run_of as checked_run
-    from megatron_hyperrouter.importing.settings import tokenizer_settings
 
     settings = settings_of_folder(folder)
     if recipe := getattr(weights, "recipe", None):
@@ -157,7 +158,9 @@ def run_of(args: Namespace, folder: HfFolder, weights: ImportedWeights | Upcycle
         "engine": args.engine,
         "seed": args.seed,
     }
-    return checked_run(settings)
+    run = checked_run(settings)
+    check_rows(tokenizer_of(run.data), tokenizer, folder.rows)
+    return run
 
 
 def write(draft: Path, run: RunConfig, weights: ImportedWeights | UpcycledWeights, *, reset: bool) -> None:

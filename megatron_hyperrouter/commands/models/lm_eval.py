@@ -39,24 +39,25 @@ def main(arguments: Sequence[str]) -> None:
         folder = folder_of(args, home)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         topks, tokenizer = topks_of(args, config), tokenizer_of(args, home, config)
-        include = args.include_path
+        include = [] if args.include_path is None else [str(args.include_path.resolve())]
         if set(args.tasks) & set(TASKS):
-            include = home / "tasks"
-            make_tasks(args, include)
+            make_tasks(args, home / "tasks")
+            include.append(str(home / "tasks"))
+        from_hub = not set(args.tasks) <= set(TASKS)
         task = {
             "folder": str(folder.resolve()),
             "tokenizer": None if tokenizer is None else str(tokenizer),
             "topks": topks,
             "tasks": args.tasks,
-            "include_path": None if include is None else str(include.resolve()),
-            "include_defaults": not set(args.tasks) <= set(TASKS),
+            "include_path": include,
+            "include_defaults": from_hub,
             "dtype": args.dtype,
             "device": args.device,
             "batch_size": args.batch_size,
             "limit": args.limit,
             "custom_code": "auto_map" in config,
         }
-        answer = ask(task, python=args.python, script=HARNESS)
+        answer = ask(task, python=args.python, script=HARNESS, hub=from_hub)
     if unknown := answer.get("unknown"):
         rule = "is not a task of the harness" if len(unknown) == 1 else "are not tasks of the harness"
         remedy = f"use {' or '.join(TASKS)}, or give the folder of the task's YAML file with --include-path"
@@ -110,14 +111,10 @@ def tokenizer_of(args: Namespace, home: Path, config: dict[str, Any]) -> Path | 
         return None
     from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
     from megatron_hyperrouter.data.tokenize.transformers_files import write_tokenizer
+    from megatron_hyperrouter.importing.settings import check_rows
 
     tokenizer = build_tokenizer("HuggingFaceTokenizer", args.tokenizer_model, None)
-    rows = int(config["vocab_size"])
-    if tokenizer.vocab_size > rows:
-        rule = f"has {tokenizer.vocab_size:,} token ids, but the model's vocab_size is only {rows:,}"
-        raise ConfigError(
-            [Problem("--tokenizer-model", args.tokenizer_model, rule, "give the model's own tokenizer")]
-        )
+    check_rows(tokenizer, args.tokenizer_model, int(config["vocab_size"]))
     folder = home / "tokenizer"
     folder.mkdir()
     write_tokenizer(folder, tokenizer, seq_length=int(config["max_position_embeddings"]))
@@ -272,6 +269,9 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     )
     args = flags.parse_args(arguments)
     flags.check_at_least(args, 1, "limit", "batch_size")
+    if args.include_path is not None and not args.include_path.is_dir():
+        rule = "is not a folder"
+        flags.refuse("--include-path", args.include_path, rule, "name the folder of the task files")
     if args.text is not None and args.data_path is not None:
         flags.error("--text cannot be combined with --data-path")
     if args.data_path is not None and is_folder(args.load):
