@@ -27,9 +27,11 @@ def check_other_side(python: str | None) -> None:
 
 
 def prove_import(
-    draft: Path, folder: HfFolder, topks: list[int], asked: Asked | None
+    draft: Path, folder: HfFolder, topks: list[int], asked: Asked | None, *, moved: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
-    """``(import certificate, faults)`` of the run folder in ``draft``; without a proof if none is wanted."""
+    """``(import certificate, faults)`` of the run folder in ``draft``; without a proof if none is wanted.
+    ``moved``: the run is meant to compute other numbers, so only what prevented the comparison is a fault.
+    """
     run = TrainedRun.open(draft)
     proof = None if asked is None else _proof(run, folder, sorted(asked.topks or topks), asked)
     content = {
@@ -46,7 +48,9 @@ def prove_import(
         "proof": proof,
         "bounds": bounds("float32"),
     }
-    return content, proof["faults"] if proof else []
+    if proof is None:
+        return content, []
+    return content, proof["problems"] if moved else proof["faults"]
 
 
 def _proof(run: TrainedRun, folder: HfFolder, topks: list[int], asked: Asked) -> dict[str, Any]:
@@ -71,5 +75,6 @@ def _proof(run: TrainedRun, folder: HfFolder, topks: list[int], asked: Asked) ->
         "tokens": int(rows_BS[:, 1:].numel()),
         "versions": answer["versions"],
         "results": answer["results"],
+        "problems": answer["problems"],
         "faults": faults(answer, "float32"),
     }

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
 
     if not args.no_proof:
         check_other_side(args.python)
-    with given_folder(args) as given, unfinished_folder(args.output) as draft:
+    with given_folder(args) as (given, tokenizer), unfinished_folder(args.output) as draft:
         folder = fitting_folder(given)
         check_flags(args, folder)
         weights = weights_of(args, folder)
@@ -51,15 +51,16 @@ def main(arguments: Sequence[str]) -> None:
                 "note: the multi-token prediction layers are not imported; the model's logits do "
                 "not depend on them"
             )
-        run = run_of(args, folder, weights)
+        run = run_of(args, folder, weights, tokenizer)
         for line in run.router.options.warnings(topk=run.model.moe_router_topk):
             note(f"note: {line}")
         write(draft, run, weights, reset=args.reset_router or copies(args, folder))
-        certificate, faults = prove_import(draft, folder, topks_of(args, folder, run), asked_of(args))
-        tolerated = args.reset_router or args.noise or args.redraw or args.scale_pre_softmax
+        moved = bool(args.reset_router or args.noise or args.redraw or args.scale_pre_softmax)
+        asked, topks = asked_of(args), topks_of(args, folder, run)
+        certificate, faults = prove_import(draft, folder, topks, asked, moved=moved)
         write_json(draft / CERTIFICATE, certificate)
-        target = publish(draft, args.output, failed=bool(faults) and not tolerated)
-    if faults and not tolerated:
+        target = publish(draft, args.output, failed=bool(faults))
+    if faults:
         raise CheckpointError(
             "\n  - ".join(["the run and the given model compute different results:", *faults]),
             remedy=f"read {CERTIFICATE} in {target}, which lists all differences",
@@ -68,12 +69,16 @@ def main(arguments: Sequence[str]) -> None:
 
 
 @contextmanager
-def given_folder(args: Namespace) -> Iterator[Path]:
-    """The Hugging Face folder; a dense run of this program is first written as one."""
+def given_folder(args: Namespace) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The Hugging Face folder; a dense run of this program is first written as one.  Also the settings of
+    that run's tokenizer, because not every tokenizer can be a file of the folder.
+    """
     given: Path = args.input
     if (given / "config.json").is_file() or not (given / "checkpoints").is_dir():
-        yield given
+        yield given, {}
         return
+    from megatron_hyperrouter.config.by_role import values_with
+    from megatron_hyperrouter.config.roles import Role
     from megatron_hyperrouter.evaluate.trained import TrainedRun
     from megatron_hyperrouter.export.sources import check_files, plain_run, weight_reader
     from megatron_hyperrouter.importing.own_dense import write_dense
@@ -85,7 +90,7 @@ def given_folder(args: Namespace) -> Iterator[Path]:
         folder.mkdir()
         reader = weight_reader(trained.checkpoint)
         write_dense(plain_run(trained.settings), reader, trained.tokenizer(), folder)
-        yield folder
+        yield folder, values_with(trained.settings, Role.TOKENIZER)
 
 
 def copies(args: Namespace, folder: HfFolder) -> bool:
@@ -127,8 +132,13 @@ def weights_of(args: Namespace, folder: HfFolder) -> ImportedWeights | UpcycledW
     return UpcycledWeights(folder, recipe)
 
 
-def run_of(args: Namespace, folder: HfFolder, weights: ImportedWeights | UpcycledWeights) -> RunConfig:
-    """The settings of the run."""
+def run_of(
+    args: Namespace,
+    folder: HfFolder,
+    weights: ImportedWeights | UpcycledWeights,
+    own_tokenizer: dict[str, Any],
+) -> RunConfig:
+    """The settings of the run; ``own_tokenizer``: those of the tokenizer of a dense run of this program."""
     from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
     from megatron_hyperrouter.importing.fitting import settings_of_folder
     from megatron_hyperrouter.importing.settings import check_rows, tokenizer_settings
@@ -150,7 +160,7 @@ def run_of(args: Namespace, folder: HfFolder, weights: ImportedWeights | Upcycle
     if args.router == "hyper" and not (args.reset_router or copies(args, folder)):
         settings["router"] |= {"anchor": True}
     tokenizer = Path(args.tokenizer_model) if args.tokenizer_model else folder.path / "tokenizer.json"
-    settings |= tokenizer_settings(tokenizer, folder.rows)
+    settings |= own_tokenizer or tokenizer_settings(tokenizer, folder.rows)
     settings |= {
         "seq_length": args.seq_length or settings["seq_length"],
         **({"data_path": args.data_path} if args.data_path else {}),
