@@ -13,10 +13,12 @@ import yaml
 from megatron_hyperrouter.checkpoint.description import Description, describe
 from megatron_hyperrouter.config.cli import dump, load_file
 from megatron_hyperrouter.config.derived import NO_DATA
+from megatron_hyperrouter.config.leaves import tree_leaves
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer, tokenizer_of
 from megatron_hyperrouter.data.tokenize.transformers_files import is_byte_tokenizer
 from megatron_hyperrouter.errors import ConfigError, Problem
+from megatron_hyperrouter.paths import unexpanded
 from megatron_hyperrouter.routers import ROUTERS
 
 
@@ -24,8 +26,17 @@ def run_of(settings: Mapping[str, Any]) -> RunConfig:
     """The run that these settings describe; ConfigError with every problem at once."""
     with tempfile.TemporaryDirectory(prefix="mhr-settings-") as folder:
         path = Path(folder) / "settings.yaml"
-        path.write_text(yaml.safe_dump({"data_path": [NO_DATA], **settings}), encoding="utf-8")
+        values = {name: _to_write(name, value) for name, value in settings.items()}
+        path.write_text(yaml.safe_dump({"data_path": [NO_DATA], **values}), encoding="utf-8")
         return load_file(path, routers=ROUTERS, world_size=1)
+
+
+def _to_write(name: str, value: Any) -> Any:
+    """The value of a setting as a file has it, where variables in paths are expanded."""
+    leaf = tree_leaves().get(name)
+    if leaf is None or not leaf.is_path or value is None:
+        return value
+    return unexpanded(value) if isinstance(value, str) else [unexpanded(word) for word in value]
 
 
 def router_names() -> list[str]:

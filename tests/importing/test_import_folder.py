@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from megatron_hyperrouter.commands.models import export_hf, generate, import_hf
 from megatron_hyperrouter.errors import CheckpointError, ConfigError
 from megatron_hyperrouter.importing.source import open_folder
+from megatron_hyperrouter.paths import expanded
 
 
 @pytest.fixture
@@ -30,6 +32,17 @@ def imported(folder: Path, *flags: str) -> Path:
     output = folder.with_name("imported")
     import_hf.main(["--input", str(folder), "--output", str(output), "--no-proof", *flags])
     return output
+
+
+def test_the_printed_command_fits_any_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = folder.with_name("a $run")
+    import_hf.main(["--input", str(folder), "--output", str(output).replace("$", "$$"), "--no-proof"])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("To train it: "))
+    words = shlex.split(line)
+    assert Path(expanded(words[words.index("--load") + 1])) == output
+    assert Path(expanded(words[words.index("--config") + 1])) == output / "config.yaml"
+    hf = folder.rename(folder.with_name("$hf"))  # with a tokenizer file
+    generate.main(["--load", str(hf).replace("$", "$$"), "--prompt", "a", "--max-new-tokens", "1"])
 
 
 def test_files_that_transformers_does_not_read(folder: Path) -> None:

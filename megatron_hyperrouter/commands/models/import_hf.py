@@ -10,6 +10,7 @@ import_certificate.json in the run folder.
 
 from __future__ import annotations
 
+import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.errors import CheckpointError, ConfigError, Problem
+from megatron_hyperrouter.paths import unexpanded
 from megatron_hyperrouter.terminal import note, parser, show
 
 if TYPE_CHECKING:
@@ -258,7 +260,8 @@ def report(target: Path, run: RunConfig, folder: HfFolder, certificate: dict[str
         f"k = {model.moe_router_topk}, router {run.router.name}"
     )
     if not has_data(run):
-        words = f"mhr train --config {target}/config.yaml --load {target} --finetune"
+        config, load = (shlex.quote(unexpanded(path)) for path in (target / "config.yaml", target))
+        words = f"mhr train --config {config} --load {load} --finetune"
         show(f"To train it: {words} --data-path P --run-dir NEW (or --mock-data instead of --data-path P)")
     proof = certificate["proof"]
     if proof is None:
