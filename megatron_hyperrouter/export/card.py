@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_hyperrouter.config.derived import rope_type
 from megatron_hyperrouter.data.tokenize.transformers_files import end_of_text, without_text
 from megatron_hyperrouter.export.folder import Export
+from megatron_hyperrouter.export.sources import run_name
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -46,7 +47,7 @@ def _about(job: Export, step: int) -> str:
         else "The router is stored as a plain matrix."
     )
     return (
-        f"# {Path(run.logging.run_dir).name}\n\n"
+        f"# {run_name(run, job.checkpoint)}\n\n"
         f"A mixture-of-experts language model: {model.num_layers} layers, {model.num_experts} experts in "
         f"each MoE layer, hidden size {model.hidden_size}, context of {model.seq_length} tokens, trained for "
         f"{step} steps with the router `{run.router.name}`; {grown}.  {router}"

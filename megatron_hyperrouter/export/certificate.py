@@ -14,7 +14,7 @@ from megatron_hyperrouter.checkpoint.folder import read_manifest
 from megatron_hyperrouter.checkpoint.tensor_files import digest_of_bytes
 from megatron_hyperrouter.data.tokenize.transformers_files import tokenizer_json
 from megatron_hyperrouter.export.classes.names import ModelShape
-from megatron_hyperrouter.export.sources import weight_reader
+from megatron_hyperrouter.export.sources import run_name, weight_reader
 from megatron_hyperrouter.export.verify import CERTIFICATE, FORMAT
 from megatron_hyperrouter.files import write_json
 from megatron_hyperrouter.processes import processor_name
@@ -32,7 +32,7 @@ def source(run: RunConfig, checkpoint: Path, routers: Mapping[int, Router]) -> d
     manifest = read_manifest(checkpoint)
     hashes = [getattr(router, "frozen_hash", None) for router in routers.values()]
     return {
-        "run": Path(run.logging.run_dir).name,
+        "run": run_name(run, checkpoint),
         "checkpoint": checkpoint.name,
         "step": manifest["step"],
         "router": run.router.name,

@@ -31,6 +31,11 @@ def weight_reader(checkpoint: Path) -> TensorReader:
     return TensorReader(checkpoint / name for name in names)
 
 
+def run_name(run: RunConfig, checkpoint: Path) -> str:
+    """The name of the run's folder when it was trained; of a run with ``--run-dir .``, its name now."""
+    return Path(run.logging.run_dir).name or checkpoint.absolute().parent.parent.name
+
+
 def vocabulary_rows(reader: Tensors) -> int:
     """Rows of the embedding."""
     if WORD_EMBEDDINGS not in reader:

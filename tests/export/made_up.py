@@ -32,10 +32,12 @@ TINY: dict[str, Any] = {
 }
 
 
-def make_up(home: Path, settings: dict[str, Any], draw: Draw = torch.randn) -> None:
-    """A run folder at step 0."""
+def make_up(
+    home: Path, settings: dict[str, Any], draw: Draw = torch.randn, *, run_dir: str | None = None
+) -> None:
+    """A run folder at step 0; ``run_dir``: as its settings name it."""
     home.mkdir()
-    run = run_of(settings | {"run_dir": str(home)})
+    run = run_of(settings | {"run_dir": run_dir or str(home)})
     vocab_size = tokenizer_of(run.data).vocab_size
     multiple = run.model.make_vocab_size_divisible_by
     shapes = shapes_of(run, -(-vocab_size // multiple) * multiple)

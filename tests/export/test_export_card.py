@@ -1,13 +1,28 @@
-"""What the model card warns of."""
+"""What the model card says and warns of."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from export.made_up import TINY, make_up
 
+from megatron_hyperrouter.commands.models.export_hf import main
 from megatron_hyperrouter.export.card import notes_of
+
+
+@pytest.mark.parametrize(("run_dir", "name"), [(".", "run"), ("runs/first", "first")])
+def test_the_card_names_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_dir: str, name: str
+) -> None:
+    make_up(tmp_path / "run", TINY, run_dir=run_dir)
+    monkeypatch.chdir(tmp_path / "run")
+    main(["--load", ".", "--output", str(tmp_path / "out"), "--no-proof"])
+    assert f"\n# {name}\n" in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "certificate.json").read_text())["source"]["run"] == name
 
 
 @pytest.mark.parametrize(
