@@ -9,9 +9,9 @@ import torch
 from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.generation.decoder import Decoder, Loaded
-from megatron_hyperrouter.importing.fitting import check_equal, fitting_folder, settings_of_folder
+from megatron_hyperrouter.importing.fitting import check_equal, check_rows, fitting_folder, settings_of_folder
 from megatron_hyperrouter.importing.routers import imported_routers
-from megatron_hyperrouter.importing.settings import check_rows, run_of
+from megatron_hyperrouter.importing.settings import run_of
 from megatron_hyperrouter.importing.weights import ImportedWeights
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer, tokenizer_of
+from megatron_hyperrouter.errors import CheckpointError, ConfigError, Problem
 from megatron_hyperrouter.export.classes.latent import EPSILON
 from megatron_hyperrouter.export.classes.rotary import rotary_settings
 from megatron_hyperrouter.export.classes.target import FAMILIES, check_served
@@ -172,6 +173,18 @@ def _turning_share(folder: HfFolder) -> float:
     config, rope = folder.config, rope_of(folder.config)
     default = 0.5 if folder.architecture == "Glm4MoeForCausalLM" else 1.0
     return float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or default)
+
+
+def check_rows(tokenizer: Tokenizer, file: object, rows: int) -> None:
+    """ConfigError if the tokenizer in ``file`` has ids that the embedding has no row for."""
+    if tokenizer.vocab_size > rows:
+        rule = f"has {tokenizer.vocab_size:,} token ids, but the model's vocab_size is only {rows:,}"
+        raise ConfigError([Problem("--tokenizer-model", file, rule, "give the model's own tokenizer")])
+
+
+def check_tokenizer(run: RunConfig, file: object, rows: int) -> None:
+    """:func:`check_rows` of the run's tokenizer."""
+    check_rows(tokenizer_of(run.data), file, rows)
 
 
 def equal_topks(folder: HfFolder, run: RunConfig) -> tuple[int, ...]:

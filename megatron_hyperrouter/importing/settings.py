@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,13 +14,13 @@ import yaml
 from megatron_hyperrouter.checkpoint.description import Description, describe
 from megatron_hyperrouter.config.cli import dump, load_file
 from megatron_hyperrouter.config.derived import NO_DATA
-from megatron_hyperrouter.config.leaves import tree_leaves
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer, tokenizer_of
+from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
 from megatron_hyperrouter.data.tokenize.transformers_files import is_byte_tokenizer
-from megatron_hyperrouter.errors import ConfigError, Problem
 from megatron_hyperrouter.paths import unexpanded
 from megatron_hyperrouter.routers import ROUTERS
+
+_PATHS = ("run_dir", "data_path", "tokenizer_model", "vocab_file", "merge_file")
 
 
 def run_of(settings: Mapping[str, Any]) -> RunConfig:
@@ -33,10 +34,15 @@ def run_of(settings: Mapping[str, Any]) -> RunConfig:
 
 def _to_write(name: str, value: Any) -> Any:
     """The value of a setting as a file has it, where variables in paths are expanded."""
-    leaf = tree_leaves().get(name)
-    if leaf is None or not leaf.is_path or value is None:
+    if name not in _PATHS or value is None:
         return value
     return unexpanded(value) if isinstance(value, str) else [unexpanded(word) for word in value]
+
+
+def train_command(run: Path) -> str:
+    """The start of the command that trains the imported run."""
+    config, load = (shlex.quote(unexpanded(path)) for path in (run / "config.yaml", run))
+    return f"mhr train --config {config} --load {load} --finetune"
 
 
 def router_names() -> list[str]:
@@ -58,13 +64,6 @@ def tokenizer_settings(file: Path, rows: int) -> dict[str, Any]:
     if is_byte_tokenizer(file):
         return {"tokenizer_type": "ByteTokenizer"}
     return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(file.resolve())}
-
-
-def check_rows(tokenizer: Tokenizer, file: object, rows: int) -> None:
-    """ConfigError if the tokenizer in ``file`` has ids that the embedding has no row for."""
-    if tokenizer.vocab_size > rows:
-        rule = f"has {tokenizer.vocab_size:,} token ids, but the model's vocab_size is only {rows:,}"
-        raise ConfigError([Problem("--tokenizer-model", file, rule, "give the model's own tokenizer")])
 
 
 def described_run(run: RunConfig) -> Description:

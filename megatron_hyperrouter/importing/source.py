@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hyperrouter.checkpoint.streams import TensorReader
+from megatron_hyperrouter.config.by_role import values_with
+from megatron_hyperrouter.config.roles import Role
+from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import CheckpointError, reason_of
 from megatron_hyperrouter.export.classes.grouped import GLM4_MOE, MIXTRAL_MOE, QWEN2_MOE, QWEN3_MOE
 from megatron_hyperrouter.export.classes.latent import DEEPSEEK_V2, DEEPSEEK_V3
@@ -160,6 +163,11 @@ def _weight_files(path: Path) -> list[Path]:
             f"{index} cannot be read as a list of weight files",
             remedy="download the folder again, or save the model again",
         ) from error
+
+
+def tokenizer_of_run(run: RunConfig) -> dict[str, Any]:
+    """The settings of the tokenizer of a dense run, by flat name."""
+    return values_with(run, Role.TOKENIZER)
 
 
 def shared_width(config: dict[str, Any]) -> int:

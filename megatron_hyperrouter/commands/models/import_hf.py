@@ -10,7 +10,6 @@ import_certificate.json in the run folder.
 
 from __future__ import annotations
 
-import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +18,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.errors import CheckpointError, ConfigError, Problem
-from megatron_hyperrouter.paths import unexpanded
 from megatron_hyperrouter.terminal import note, parser, show
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.engines.base import Engine
     from megatron_hyperrouter.importing.source import HfFolder
     from megatron_hyperrouter.importing.upcycle import UpcycledWeights
     from megatron_hyperrouter.importing.weights import ImportedWeights
@@ -79,11 +78,10 @@ def given_folder(args: Namespace) -> Iterator[tuple[Path, dict[str, Any]]]:
     if (given / "config.json").is_file() or not (given / "checkpoints").is_dir():
         yield given, {}
         return
-    from megatron_hyperrouter.config.by_role import values_with
-    from megatron_hyperrouter.config.roles import Role
     from megatron_hyperrouter.evaluate.trained import TrainedRun
     from megatron_hyperrouter.export.sources import check_files, plain_run, weight_reader
     from megatron_hyperrouter.importing.own_dense import write_dense
+    from megatron_hyperrouter.importing.source import tokenizer_of_run
 
     trained = TrainedRun.open(given, tokenizer_model=args.tokenizer_model)
     check_files(trained.checkpoint)
@@ -92,7 +90,7 @@ def given_folder(args: Namespace) -> Iterator[tuple[Path, dict[str, Any]]]:
         folder.mkdir()
         reader = weight_reader(trained.checkpoint)
         write_dense(plain_run(trained.settings), reader, trained.tokenizer(), folder)
-        yield folder, values_with(trained.settings, Role.TOKENIZER)
+        yield folder, tokenizer_of_run(trained.settings)
 
 
 def copies(args: Namespace, folder: HfFolder) -> bool:
@@ -141,10 +139,9 @@ def run_of(
     own_tokenizer: dict[str, Any],
 ) -> RunConfig:
     """The settings of the run; ``own_tokenizer``: those of the tokenizer of a dense run of this program."""
-    from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
-    from megatron_hyperrouter.importing.fitting import settings_of_folder
-    from megatron_hyperrouter.importing.settings import check_rows, tokenizer_settings
+    from megatron_hyperrouter.importing.fitting import check_tokenizer, settings_of_folder
     from megatron_hyperrouter.importing.settings import run_of as checked_run
+    from megatron_hyperrouter.importing.settings import tokenizer_settings
 
     settings = settings_of_folder(folder)
     if recipe := getattr(weights, "recipe", None):
@@ -171,7 +168,7 @@ def run_of(
         "seed": args.seed,
     }
     run = checked_run(settings)
-    check_rows(tokenizer_of(run.data), tokenizer, folder.rows)
+    check_tokenizer(run, tokenizer, folder.rows)
     return run
 
 
@@ -180,7 +177,6 @@ def write(draft: Path, run: RunConfig, weights: ImportedWeights | UpcycledWeight
     from types import SimpleNamespace
     from typing import cast
 
-    from megatron_hyperrouter.engines.base import Engine
     from megatron_hyperrouter.export.sources import OneProcess
     from megatron_hyperrouter.importing.routers import imported_routers
     from megatron_hyperrouter.importing.run_folder import write_run
@@ -252,7 +248,7 @@ def check_flags(args: Namespace, folder: HfFolder) -> None:
 
 def report(target: Path, run: RunConfig, folder: HfFolder, certificate: dict[str, Any]) -> None:
     """A table for the terminal."""
-    from megatron_hyperrouter.importing.settings import has_data
+    from megatron_hyperrouter.importing.settings import has_data, train_command
 
     model = run.model
     show(
@@ -260,8 +256,7 @@ def report(target: Path, run: RunConfig, folder: HfFolder, certificate: dict[str
         f"k = {model.moe_router_topk}, router {run.router.name}"
     )
     if not has_data(run):
-        config, load = (shlex.quote(unexpanded(path)) for path in (target / "config.yaml", target))
-        words = f"mhr train --config {config} --load {load} --finetune"
+        words = train_command(target)
         show(f"To train it: {words} --data-path P --run-dir NEW (or --mock-data instead of --data-path P)")
     proof = certificate["proof"]
     if proof is None:

@@ -111,7 +111,7 @@ def tokenizer_of(args: Namespace, home: Path, config: dict[str, Any]) -> Path | 
         return None
     from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
     from megatron_hyperrouter.data.tokenize.transformers_files import write_tokenizer
-    from megatron_hyperrouter.importing.settings import check_rows
+    from megatron_hyperrouter.importing.fitting import check_rows
 
     tokenizer = build_tokenizer("HuggingFaceTokenizer", args.tokenizer_model, None)
     check_rows(tokenizer, args.tokenizer_model, int(config["vocab_size"]))

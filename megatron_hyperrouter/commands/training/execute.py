@@ -19,7 +19,6 @@ from megatron_hyperrouter.errors import STOPPED
 from megatron_hyperrouter.guard.launcher import Launcher
 from megatron_hyperrouter.guard.stopping import ignore_signals
 from megatron_hyperrouter.guard.supervision import Supervision
-from megatron_hyperrouter.paths import unexpanded
 from megatron_hyperrouter.train.loop import train
 from megatron_hyperrouter.train.reporters import hooks_for, writer_of
 from megatron_hyperrouter.train.resuming.start import Start, settings_again, settings_for_state
@@ -70,7 +69,7 @@ def run(
         ignore_signals()
         engine.barrier()
     elif engine.place.is_main:
-        folder = shlex.quote(unexpanded(config.logging.run_dir))
+        folder = shlex.quote(config.logging.run_dir.replace("$", "$$"))  # reading expands variables
         console.note(
             f"finished; to make a page of plots, run: mhr report {folder} --output {folder}/report.html"
         )
