@@ -84,7 +84,7 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"it is not JSON ({error})"
     if isinstance(error, KeyError) and error.args:
-        return f"it has no field {error.args[0]}"
+        return f'it has no field "{error.args[0]}"'
     if isinstance(error, (KeyError, TypeError, AttributeError, RecursionError)):
         return "its content has an unexpected structure"
     return str(error) or "its content has an unexpected structure"

@@ -120,7 +120,7 @@ def damage(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str:
         if not path.is_file():
             return f"{path} is missing"
         if (found := path.stat().st_size) != files[name]["bytes"]:
-            return f"{path} has {found} bytes, but {files[name]['bytes']} were saved"
+            return f"{path} has {found} bytes instead of {files[name]['bytes']}"
         if fingerprint(path) != {key: files[name][key] for key in ("bytes", "crc32")}:
             return f"{path} has changed: its checksum does not match {MANIFEST}"
     return ""
@@ -167,7 +167,7 @@ def _wrong(manifest: Any) -> str:
     kinds = {"format": int, "step": int, "meta": dict, "files": dict}
     for name, kind in kinds.items():
         if not isinstance(manifest.get(name), kind) or isinstance(manifest.get(name), bool):
-            return f"{name} is missing or has the wrong type"
+            return f'the field "{name}" is missing or has the wrong type'
     if manifest["format"] < 1 or manifest["step"] < 0:
         return "format or step is out of range"
     if not manifest["files"]:

@@ -62,8 +62,8 @@ class ModelConfig:
         float,
         Gt(0.0),
         Role.INITIAL,
-        "Standard deviation of the initial weights; in output projections, X / sqrt(2 x "
-        "--num-layers) instead of X",
+        "Standard deviation of the initial weights. Output projections have a smaller one: X / sqrt(2 "
+        "* --num-layers)",
     ] = 0.02
     hidden_dropout: Annotated[Fraction, Role.NOISE, "Dropout rate on residual branches"] = 0.0
     attention_dropout: Annotated[Fraction, Role.NOISE, "Dropout rate on attention probabilities"] = 0.0
@@ -217,7 +217,7 @@ class TrainConfig:
         Literal["uniform", "block"] | None,
         Role.SPEED,
         Only("megatron", harmless="every layer is recomputed separately"),
-        "With --recompute-granularity full: layers to recompute. uniform: all layers, in groups "
+        "Which layers to recompute with --recompute-granularity full. uniform: all layers, in groups "
         "of --recompute-num-layers; block: only the first --recompute-num-layers layers of each "
         "pipeline stage",
     ] = None

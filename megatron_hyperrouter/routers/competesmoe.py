@@ -84,10 +84,10 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         ] = "v2"
         schedule: Annotated[
             Literal["fixed", "function", "capped"] | None,
-            "When the experts of a layer compete. fixed: in each step with probability "
-            "--router.rate; function: in block i with probability 2 / (2 + sqrt(i + 1)); capped: "
-            "like fixed, but never in the warm-up, and in at most --router.max-competing layers per "
-            "step; default: fixed for v1, capped for v2",
+            "Rule that decides in which steps the experts of a layer compete. fixed: each step, with "
+            "probability --router.rate; function: block i of steps, with probability 2 / (2 + sqrt(i +"
+            " 1)); capped: like fixed, but not in the warm-up, and in at most --router.max-competing "
+            "layers per step; default: fixed for v1, capped for v2",
         ] = None
         rate: Annotated[
             float | None,

@@ -77,7 +77,8 @@ class SimSMoERouter(Router, name="simsmoe"):
         kernel: Annotated[Literal["rbf", "linear"], "Kernel of the CKA similarity"] = "rbf"
         bandwidth: Annotated[
             Literal["median", "absolute"],
-            "Unit of --router.sigma. median: the median distance between the compared outputs; absolute: 1",
+            "Unit of --router.sigma. median: the median distance between the compared outputs; "
+            "absolute: no unit",
         ] = "median"
         sigma: Annotated[
             float,

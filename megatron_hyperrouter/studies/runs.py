@@ -24,7 +24,7 @@ from megatron_hyperrouter.config.leaves import flag
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.files import check_folder, write_json
 from megatron_hyperrouter.paths import unexpanded
-from megatron_hyperrouter.processes import child_environment, cores
+from megatron_hyperrouter.processes import child_environment, cores, gpus_of_slot
 from megatron_hyperrouter.terminal import Bar, Stopped, note
 
 if TYPE_CHECKING:
@@ -199,6 +199,7 @@ class _Started:
     plan: StudyRun
     log: TextIO
     left: list[RunProcess]
+    slot: int  # of the simultaneous runs
     process: subprocess.Popen[bytes] | None = None
     what: str = ""
 
@@ -211,12 +212,14 @@ def run_all(plans: Sequence[StudyRun], jobs: int, *, ranks: int = 1) -> None:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(cores() // (jobs * ranks), 1))
     env = child_environment(OMP_NUM_THREADS=threads, PYTHONWARNINGS="ignore")
     steps = sum(plan.config.train.train_iters for plan in plans)
+    slots = [gpus_of_slot(slot, ranks) if jobs > 1 else {} for slot in range(jobs)]
     try:
         with Bar("training", "steps") as bar:
             bar.begin_at(sum(trained_steps(plan) for plan in plans))
             while waiting or running:
                 while waiting and len(running) < jobs:
-                    running.append(_start(waiting.pop(0)))
+                    free = min(set(range(jobs)) - {run.slot for run in running})
+                    running.append(_start(waiting.pop(0), free))
                     name = running[-1].plan.folder.name
                     note(f"{name}: started; {ended} of {len(plans)} runs are finished")
                 for run in list(running):
@@ -224,7 +227,7 @@ def run_all(plans: Sequence[StudyRun], jobs: int, *, ranks: int = 1) -> None:
                         continue
                     _check_status(run)
                     if run.left:
-                        _next_stage(run, env)
+                        _next_stage(run, env | slots[run.slot])
                     else:
                         run.log.close()
                         running.remove(run)
@@ -251,9 +254,9 @@ def trained_steps(plan: StudyRun) -> int:
     return min(int(steps[-1]), plan.config.train.train_iters) if steps else 0
 
 
-def _start(plan: StudyRun) -> _Started:
+def _start(plan: StudyRun, slot: int) -> _Started:
     write_plan(plan)
-    return _Started(plan, (plan.folder / "log.txt").open("a", encoding="utf-8"), plan.stages())
+    return _Started(plan, (plan.folder / "log.txt").open("a", encoding="utf-8"), plan.stages(), slot)
 
 
 def _next_stage(run: _Started, env: Mapping[str, str]) -> None:

@@ -105,7 +105,7 @@ class TestDamage:
         ("damage", "message"),
         [
             (lambda path: path.unlink(), "missing"),
-            (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 5119 bytes, but 5120 were saved"),
+            (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 5119 bytes instead of 5120"),
             (lambda path: path.write_bytes(b"\1" + path.read_bytes()[1:]), "checksum"),
         ],
     )
@@ -323,7 +323,7 @@ def test_ranks_share_the_work(tmp_path: Path) -> None:
     answers = ThreadRanks.run(3, lambda ranks: verify(tmp_path / "step_0000007", ranks))
     assert all(isinstance(answer, CheckpointError) for answer in answers)
     # rank 0 tells it, whoever read the file
-    assert all("rank2 has 0 bytes, but 1000 were saved" in str(answer) for answer in answers)
+    assert all("rank2 has 0 bytes instead of 1000" in str(answer) for answer in answers)
     assert all(str(answer).count("remedy") == 1 for answer in answers)
 
 

@@ -48,10 +48,10 @@ class TestFile:
             ("num_layers: &a {b: *a}", "refers to itself in line 1"),
             (
                 "lr: 1\nseed: !!timestamp 2001-99X99",
-                "has the value 2001-99X99 in line 2 with the wrong tag",
+                "has the value 2001-99X99 in line 2, which does not fit its tag !!timestamp",
             ),
             ("seed: !!python/object/apply:os.getpid []", "unsupported tag in line 1"),
-            ("seed: !!int many", "has the value many in line 1 with the wrong tag"),
+            ("seed: !!int many", "has the value many in line 1, which does not fit its tag !!int"),
             ('run_dir: "a\\0b"', "has an invalid character in line 1"),
             ('run_dir: "\\ud800"', "has an invalid character in line 1"),
             ("[a, b]: 1", "has a key in line 1 that is not a plain name"),

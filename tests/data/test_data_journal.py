@@ -67,8 +67,8 @@ def test_garbage_after_a_crash_of_the_machine(path: str) -> None:
 def test_other_settings_are_named(path: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Journal(path, {"--append-eod": True, "--json-keys": "body"}, INPUTS)
-    assert "--append-eod = True: was False in the unfinished run" in str(caught.value)
-    assert "--json-keys = body: was text" in str(caught.value)
+    assert "--append-eod = True: differs from False in the unfinished run" in str(caught.value)
+    assert "--json-keys = body: differs from text" in str(caught.value)
     assert "--overwrite" in str(caught.value)
     assert records(path) == RECORDS  # nothing is lost by the attempt
 

@@ -159,14 +159,16 @@ def test_other_settings_and_changed_inputs_are_refused_until_overwritten(
     left = outputs(tmp_path / "out")
     other = replace(recipe, append_eod=False)
     with pytest.raises(
-        ConfigError, match=r"--append-eod = False: was True in the unfinished run that wrote .*p\.journal"
+        ConfigError,
+        match=r"--append-eod = False: differs from True in the unfinished run that wrote .*p\.journal",
     ):
         preprocess(inputs, prefix, other)
     Path(recipe.tokenizer.tokenizer_model or "").write_text(
         Path(recipe.tokenizer.tokenizer_model or "").read_text() + "\n"
     )
     with pytest.raises(
-        ConfigError, match=r"--tokenizer-model = a file with SHA-256 \w+\.\.\.: was a file with SHA-256"
+        ConfigError,
+        match=r"--tokenizer-model = a file with SHA-256 \w+\.\.\.: differs from a file with SHA-256",
     ):
         preprocess(inputs, prefix, recipe)
     bpe.train_bpe(iter([inspect.getsource(json.decoder)]), 400, recipe.tokenizer.tokenizer_model or "")

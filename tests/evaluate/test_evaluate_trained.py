@@ -109,7 +109,7 @@ def test_a_layout_that_does_not_fit_is_left_out_with_its_hypernetwork(tmp_path: 
     ("damage", "rule"),
     [
         (lambda path: path.unlink(), "is missing"),
-        (lambda path: path.write_bytes(path.read_bytes() + b"\x80"), "were saved"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\x80"), "bytes instead of"),
         (lambda path: path.write_bytes(path.read_bytes().replace(b"8", b"9")), "has changed"),
     ],
 )

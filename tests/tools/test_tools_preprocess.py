@@ -189,7 +189,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[str, str]]:
         "cut.jsonl.gz": ("cut.jsonl.gz", r"cut\.jsonl\.gz cannot be read beyond byte \d+: "),
         "cut.jsonl.zst": ("cut.jsonl.zst", r"cut\.jsonl\.zst cannot be read beyond byte \d+: "),
         "latin": ("latin.jsonl", r"latin\.jsonl, line 2, byte 27: the text is not UTF-8"),
-        "broken": ("broken.jsonl", r"broken\.jsonl, line 2: invalid JSON at column"),
+        "broken": ("broken.jsonl", r"broken\.jsonl, line 2: invalid JSON: .* at column"),
         "tokens": (
             "tokens.jsonl",
             r"tokens\.jsonl, byte 0: the file is the index of existing token files",

@@ -15,6 +15,7 @@ import pytest
 from program.settings import TINY
 
 from megatron_hyperrouter.errors import ConfigError, DataError, HyperRouterError
+from megatron_hyperrouter.processes import gpus_of_slot
 
 pytestmark = pytest.mark.processes
 
@@ -165,3 +166,29 @@ def test_runs_share_the_cores_that_the_study_may_use(
     tell = "import os; print(os.environ['OMP_NUM_THREADS'])"
     runs.run_all([plan_of(runs, tmp_path / "a", [("scoring", ["-c", tell])])], 3)
     assert (tmp_path / "a" / "log.txt").read_text() == "2\n"
+
+
+def test_simultaneous_runs_use_different_gpus(
+    runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run ends late, so the second and the third run have the other GPU one after the other."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    tell = "import os, pathlib, time; print(os.environ['CUDA_VISIBLE_DEVICES']); "
+    end = str(tmp_path / "c" / "log.txt")
+    wait = f"end = pathlib.Path({end!r})\nwhile not end.exists() or not end.read_text(): time.sleep(0.05)"
+    plans = [
+        plan_of(runs, tmp_path / name, [("scoring", ["-c", tell + "\n" + (wait if name == "a" else "")])])
+        for name in "abc"
+    ]
+    runs.run_all(plans, 2)
+    assert [(plan.folder / "log.txt").read_text() for plan in plans] == ["3\n", "5\n", "5\n"]
+
+
+def test_gpus_of_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = [gpus_of_slot(slot, 2).get("CUDA_VISIBLE_DEVICES") for slot in range(4)]
+    assert found == ["0,1", "2,3", "0,1", "2,3"]
+    assert gpus_of_slot(1, 3) == {}  # one run at a time fits
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden
+    assert gpus_of_slot(1, 1) == {}

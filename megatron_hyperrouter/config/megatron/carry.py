@@ -209,7 +209,7 @@ def _put(name: str, place: str, settings: Mapping[str, list[str]], source: Sourc
     for ours, words in settings.items():
         key = source.key(ours)
         if key in source.given and source.words(source.given[key]) != words:
-            rule = f"sets {flag(ours)}, which is also given with another value"
+            rule = f"is another name for {flag(ours)}, which is given with a different value"
             carried.problems.append(Problem(place, " ".join(words), rule, "keep one of the two flags"))
             return
         source.given[key] = words if key.startswith("--") else _plain(words)

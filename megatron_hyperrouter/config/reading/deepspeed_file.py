@@ -59,7 +59,9 @@ def load_document(path: str) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from error
+        raise ValueError(
+            f"is not JSON: {error.msg.removesuffix(' at')} at line {error.lineno}, column {error.colno}"
+        ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 text (byte {error.start})") from error
     except RecursionError as error:

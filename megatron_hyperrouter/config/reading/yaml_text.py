@@ -165,6 +165,11 @@ class _Reader:
         return str(node.value)
 
 
+def _short(tag: str) -> str:
+    """A tag as the user writes it: ``!!int``."""
+    return f"!!{tag.removeprefix(PLAIN)}" if tag.startswith(PLAIN) else tag
+
+
 def _scalar(node: yaml.ScalarNode) -> Any:
     text, line = str(node.value), node.start_mark.line + 1
     if "\0" in text or (not text.isascii() and text != text.encode("utf-8", "replace").decode()):
@@ -173,7 +178,9 @@ def _scalar(node: yaml.ScalarNode) -> Any:
     if kind == "str" and node.style is None:  # a plain word without a tag
         kind = next((name for name, pattern in CORE if pattern.fullmatch(text)), "str")
     elif kind != "str" and not any(name == kind and pattern.fullmatch(text) for name, pattern in CORE):
-        raise ValueError(f"has the value {text} in line {line} with the wrong tag {node.tag}")
+        raise ValueError(
+            f"has the value {text} in line {line}, which does not fit its tag {_short(node.tag)}"
+        )
     try:
         return _CONVERTERS[kind](text)
     except ValueError as error:  # thousands of digits

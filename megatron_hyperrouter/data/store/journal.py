@@ -143,7 +143,7 @@ class Journal:
         problems = []
         for name in {**before, **now}:
             if before.get(name) != now.get(name):
-                rule = f"was {before.get(name)} in the unfinished run that wrote {self.path}"
+                rule = f"differs from {before.get(name)} in the unfinished run that wrote {self.path}"
                 problems.append(
                     Problem(name, now.get(name), rule, f"use the same value to continue, {_AFRESH}")
                 )

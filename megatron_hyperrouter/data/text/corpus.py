@@ -402,7 +402,7 @@ def _parse(line: str, where: _Where, keys: Sequence[str]) -> tuple[list[str], ..
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise BadLine(
-            f"{where}: invalid JSON at column {error.colno}: {error.msg}",
+            f"{where}: invalid JSON: {error.msg.removesuffix(' at')} at column {error.colno}",
             remedy="write one complete JSON object on each line",
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting without end
