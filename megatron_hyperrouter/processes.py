@@ -59,25 +59,3 @@ def restart_in_utf8() -> None:
     os.environ["PYTHONUTF8"] = "1"
     os.environ.setdefault("PYTHONIOENCODING", f"{encoding}:backslashreplace")
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def gpus_of_slot(slot: int, ranks: int) -> dict[str, str]:
-    """The environment that gives the run in this slot its own GPUs.  A study has a slot for each of its
-    simultaneous runs; each run has ``ranks`` ranks.
-
-    Without it, all runs would use the first GPUs of the machine.  It is empty if the GPUs are enough for only
-    one run.  If there are more slots than GPUs, the runs share the GPUs evenly.
-    """
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [name for name in (listed or "").split(",") if name] if listed is not None else _gpus()
-    places = len(names) // ranks
-    if places < 2:
-        return {}
-    first = slot % places * ranks
-    return {"CUDA_VISIBLE_DEVICES": ",".join(names[first : first + ranks])}
-
-
-def _gpus() -> list[str]:
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())]

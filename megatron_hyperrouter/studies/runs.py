@@ -24,7 +24,7 @@ from megatron_hyperrouter.config.leaves import flag
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.files import check_folder, write_json
 from megatron_hyperrouter.paths import unexpanded
-from megatron_hyperrouter.processes import child_environment, cores, gpus_of_slot
+from megatron_hyperrouter.processes import child_environment, cores
 from megatron_hyperrouter.terminal import Bar, Stopped, note
 
 if TYPE_CHECKING:
@@ -241,6 +241,28 @@ def run_all(plans: Sequence[StudyRun], jobs: int, *, ranks: int = 1) -> None:
         raise
     finally:
         _stop(running)
+
+
+def gpus_of_slot(slot: int, ranks: int) -> dict[str, str]:
+    """The environment that gives the run in this slot its own GPUs.  A study has a slot for each of its
+    simultaneous runs; each run has ``ranks`` ranks.
+
+    Without it, all runs would use the first GPUs of the machine.  It is empty if the GPUs are enough for only
+    one run.  If there are more slots than GPUs, the runs share the GPUs evenly.
+    """
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name for name in (listed or "").split(",") if name] if listed is not None else _gpus()
+    places = len(names) // ranks
+    if places < 2:
+        return {}
+    first = slot % places * ranks
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[first : first + ranks])}
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def trained_steps(plan: StudyRun) -> int:

@@ -15,7 +15,6 @@ import pytest
 from program.settings import TINY
 
 from megatron_hyperrouter.errors import ConfigError, DataError, HyperRouterError
-from megatron_hyperrouter.processes import gpus_of_slot
 
 pytestmark = pytest.mark.processes
 
@@ -184,11 +183,11 @@ def test_simultaneous_runs_use_different_gpus(
     assert [(plan.folder / "log.txt").read_text() for plan in plans] == ["3\n", "5\n", "5\n"]
 
 
-def test_gpus_of_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_of_a_slot(runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    found = [gpus_of_slot(slot, 2).get("CUDA_VISIBLE_DEVICES") for slot in range(4)]
+    found = [runs.gpus_of_slot(slot, 2).get("CUDA_VISIBLE_DEVICES") for slot in range(4)]
     assert found == ["0,1", "2,3", "0,1", "2,3"]
-    assert gpus_of_slot(1, 3) == {}  # one run at a time fits
+    assert runs.gpus_of_slot(1, 3) == {}  # one run at a time fits
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden
-    assert gpus_of_slot(1, 1) == {}
+    assert runs.gpus_of_slot(1, 1) == {}
