@@ -61,11 +61,14 @@ def problems(config: RunConfig, *, world_size: int | None, unsure: Collection[st
     return found
 
 
-def warnings(config: RunConfig, *, has_gpu: bool | None = None) -> list[str]:
-    """Warnings about settings that can run but are probably mistakes; ``has_gpu``: None if unknown."""
+def warnings(config: RunConfig, *, has_gpu: bool | None = None, world_size: int | None = None) -> list[str]:
+    """Warnings about settings that can run but are probably mistakes; ``has_gpu``, ``world_size``: None if
+    unknown.
+    """
     return [
         *_about_router(config),
         *_about_training(config),
+        *_about_profile(config, world_size),
         *_about_noise(config),
         *_about_ignored(config),
         *_about_the_other_engine(config),
@@ -104,11 +107,6 @@ def _about_training(config: RunConfig) -> Iterator[str]:
             f"{checkpoint.save_interval} is greater than "
             f"--train-iters = {train.train_iters}"
         )
-    if config.logging.profile and config.logging.profile_step_start >= train.train_iters:
-        yield (
-            f"--profile writes no trace: --profile-step-start = {config.logging.profile_step_start} is not "
-            f"less than --train-iters = {train.train_iters}"
-        )
     if (config.topk.topk_schedule_steps or 0) > train.train_iters:
         yield (
             f"the number of active experts (k) does not reach {model.moe_router_topk}: "
@@ -120,6 +118,25 @@ def _about_training(config: RunConfig) -> Iterator[str]:
         yield (
             f"the last {run_length(config) - decay_iters(config)} steps run at --min-lr: --lr-decay-iters "
             "is less than --train-iters"
+        )
+
+
+def _about_profile(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    logging = config.logging
+    if not logging.profile:
+        return
+    if logging.profile_step_start >= config.train.train_iters:
+        yield (
+            f"--profile writes no trace: --profile-step-start = {logging.profile_step_start} is not "
+            f"less than --train-iters = {config.train.train_iters}"
+        )
+    absent = [rank for rank in logging.profile_ranks if world_size and not 0 <= rank < world_size]
+    if absent:
+        which = "" if len(absent) == len(logging.profile_ranks) else f" for {' '.join(map(str, absent))}"
+        yield (
+            f"--profile writes no trace{which}: --profile-ranks = "
+            f"{' '.join(map(str, logging.profile_ranks))}, but this run has only "
+            f"{'rank 0' if world_size == 1 else f'ranks 0 to {(world_size or 1) - 1}'}"
         )
 
 

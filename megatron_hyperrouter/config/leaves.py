@@ -109,6 +109,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def shown(value: Any) -> str:
+    """A setting's value as YAML and flags write it."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 @lru_cache(maxsize=1)
 def sections() -> Mapping[str, type]:
     """Name and dataclass of each section of the tree, in order, without the router."""

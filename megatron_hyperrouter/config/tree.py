@@ -15,7 +15,15 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from megatron_hyperrouter.config.kinds import MOST_LAYERS, Count, Fraction, Natural, NonNegative, YamlWord
+from megatron_hyperrouter.config.kinds import (
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    YamlWord,
+)
 from megatron_hyperrouter.config.roles import FILE, FOLDER, PREFIX, Metavar, Only, Quiet, Role
 from megatron_hyperrouter.config.sections.attention import AttentionConfig
 from megatron_hyperrouter.config.sections.checkpoint import CheckpointConfig as CheckpointConfig
@@ -73,7 +81,7 @@ class ModelConfig:
         Role.SHAPE,
         "Pad the vocabulary to a multiple of --make-vocab-size-divisible-by x TP, as Megatron-LM does",
     ] = False
-    num_experts: Annotated[Count, Role.SHAPE, "Number of experts E in each MoE layer"] = 8
+    num_experts: Annotated[Count, Le(MOST_EXPERTS), Role.SHAPE, "Number of experts E in each MoE layer"] = 8
     moe_layer_freq: Annotated[
         YamlWord,
         Role.SHAPE,

@@ -14,13 +14,21 @@ from megatron_hyperrouter.train.metrics import Record, evaluation_record, score
 
 
 def check_topks(
-    topks: Sequence[int], num_experts: int, *, router: RouterChoice | None = None, flag: str = "--topk"
+    topks: Sequence[int],
+    num_experts: int,
+    *,
+    router: RouterChoice | None = None,
+    in_groups: int | None = None,
+    flag: str = "--topk",
 ) -> None:
     """ConfigError that names every k out of range; ``router``: its groups may leave a token fewer experts;
-    ``flag``: where the values come from.
+    ``in_groups``: their number of experts, for a model without such a router; ``flag``: where the values
+    come from.
     """
     most = num_experts if router is None else int(router.options.largest_topk(num_experts))
     whose = "in a layer" if most == num_experts else "in the groups that --router.group-topk allows"
+    if in_groups is not None and in_groups < most:
+        most, whose = in_groups, "in the groups that a token may use, see config.json"
     rule = f"must be from 1 to {most}, the number of experts {whose}"
     wrong = [topk for topk in topks if not 1 <= topk <= most]
     problems = [Problem(flag, topk, rule, f"use 1 to {most}") for topk in wrong]

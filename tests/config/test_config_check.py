@@ -103,6 +103,18 @@ def test_warnings(settings, words, base):
     assert words in warning
 
 
+def test_ranks_of_a_trace_that_the_run_does_not_have(base):
+    def told(world_size, *ranks):
+        config = replace_leaves(base, eval_interval=50, profile=True, profile_ranks=ranks)
+        return [line for line in warnings(config, world_size=world_size) if "--profile" in line]
+
+    assert told(None, 7) == told(8, 7) == told(1, 0) == []
+    assert told(1, 7) == ["--profile writes no trace: --profile-ranks = 7, but this run has only rank 0"]
+    assert told(2, 0, 7) == [
+        "--profile writes no trace for 7: --profile-ranks = 0 7, but this run has only ranks 0 to 1"
+    ]
+
+
 def test_no_warning_where_there_is_nothing_to_route(base):
     assert warnings(replace_leaves(base, eval_interval=0, num_experts=1, moe_router_topk=1)) == []
 

@@ -47,6 +47,7 @@ def test_good_values(name, raw, value):
     [
         ("hidden_size", "yes", "an integer >= 1"),
         ("num_layers", 10**9, "an integer >= 1 and <= 10000"),  # rules would list its layers
+        ("num_experts", 10**12, "an integer >= 1 and <= 100000"),  # their weights would fill the memory
         ("mtp_num_layers", 10**9, "an integer >= 1 and <= 10000, or none"),
         ("hidden_size", True, "an integer >= 1"),  # True == 1 in Python
         ("hidden_size", "2.5", "an integer >= 1"),

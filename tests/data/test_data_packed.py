@@ -254,15 +254,15 @@ def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
     )
     packed = course_of(builder(prefix), [], step=0, train_iters=9).ledger(4)
     for changed, batch, name in (
-        (builder(prefix, length=5), 2, "seq_length was 6 and is now 5"),
-        (builder(prefix), 3, "global_batch_size was 2 and is now 3"),
-        (builder(other), 2, "mix was"),
-        (builder(prefix, pack=False), 2, "pack_documents was True and is now False"),
+        (builder(prefix, length=5), 2, "--seq-length was 6 and is now 5"),
+        (builder(prefix), 3, "--global-batch-size was 2 and is now 3"),
+        (builder(other), 2, f"--data-path was {prefix} and is now {other}\n"),
+        (builder(prefix, pack=False), 2, "--pack-documents was true and is now false"),
     ):
         with pytest.raises(CheckpointError, match=name):
             course_of(changed, packed, step=4, train_iters=9, batch=batch)
     plain = course_of(builder(prefix, pack=False), [], step=0, train_iters=9).ledger(4)
-    with pytest.raises(CheckpointError, match="pack_documents was False and is now True"):
+    with pytest.raises(CheckpointError, match="--pack-documents was false and is now true"):
         course_of(builder(prefix), plain, step=4, train_iters=9)
     both = course_of(builder(prefix, other), [], step=0, train_iters=9).ledger(4)
     course_of(builder(prefix, other), both, step=4, train_iters=9)

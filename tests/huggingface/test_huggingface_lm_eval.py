@@ -181,6 +181,21 @@ def test_a_k_that_the_model_does_not_have(tmp_path: Path, tasks: list[dict[str, 
     assert tasks == []
 
 
+@pytest.mark.parametrize("words", [[], ["--custom-code"]])
+def test_a_k_beyond_the_groups_of_a_folder(
+    tmp_path: Path, tasks: list[dict[str, Any]], words: list[str]
+) -> None:
+    make_up(tmp_path / "groups", TINY | GROUPS)
+    export_hf.main(
+        ["--load", str(tmp_path / "groups"), "--output", str(tmp_path / "o"), "--no-proof", *words]
+    )
+    run_on(tmp_path / "o", tmp_path, "--topk", "1", "2")
+    for load, where in (("o", "a token may use"), ("groups", "--router.group-topk allows")):
+        with pytest.raises(ConfigError, match=f"--topk = 3: must be from 1 to 2, .* groups that {where}"):
+            run_on(tmp_path / load, tmp_path, "--topk", "3")
+    assert len(tasks) == 1
+
+
 def test_text_at_a_k_that_the_class_does_not_serve(tmp_path: Path) -> None:
     """A folder is read by our router, which judges groups as its class does at some k alone."""
     make_up(tmp_path / "groups", TINY | GROUPS)

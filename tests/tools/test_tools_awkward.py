@@ -59,6 +59,11 @@ CASES = {
     "no number of a time": case(
         PREPROCESS + " --save-seconds nan", 2, "--save-seconds = nan: must be a finite number"
     ),
+    "a prefix too long for the manifest": case(
+        PREPROCESS + " --output-prefix " + "p" * 220,
+        2,
+        "--output-prefix = p+: is too long: the longest file name would have 256 bytes, but 255 is",
+    ),
     "a shard of 20 digits": case(PREPROCESS + " --shard 1/" + "9" * 20, 2, r"--shard = 1/9+: must be I/N"),
     "input and output": case(
         PREPROCESS + " --input p_text_document.bin",
@@ -78,6 +83,9 @@ CASES = {
     "a tokenizer over its text": case(
         f"{TRAIN} 300 --output ./a.jsonl", 2, "--output = ./a.jsonl: is one of the inputs"
     ),
+    "a tokenizer of a long name": case(
+        f"{TRAIN} 300 --output {'t' * 250}", 2, "--output = t+: cannot be written: File name too long"
+    ),
     "a tokenizer below a file": case(
         f"{TRAIN} 300 --output a.jsonl/t.json",
         2,
@@ -88,6 +96,11 @@ CASES = {
     ),
     "negative tokens": case("inspect_data p --tokens -5", 2, "--tokens = -5: must be at least 0"),
     # data: status 3
+    "a corpus of a long name": case(
+        "make_corpus --root . --output " + "c" * 250,
+        3,
+        "c+.partial cannot be written: File name too long\n  remedy: shorten that name, or choose",
+    ),
     "another p.journal": case(
         PREPROCESS, 3, "name, but another file already has it", p__journal=b"Dear diary\n"
     ),

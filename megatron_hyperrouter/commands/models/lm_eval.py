@@ -131,8 +131,17 @@ def topks_of(args: Namespace, config: dict[str, Any]) -> list[int]:
         rule = "is not a mixture-of-experts model: config.json does not give a number of experts"
         raise ConfigError([Problem("--load", args.load, rule, "give a run or a mixture-of-experts model")])
     topks = args.topk or [int(config["num_experts_per_tok"])]
-    check_topks(topks, experts)
+    check_topks(topks, experts, in_groups=within_groups(config, experts))
     return topks
+
+
+def within_groups(config: dict[str, Any], experts: int) -> int:
+    """Number of experts in the groups that a token may use, of the model of this ``config.json``."""
+    own = config.get("hyperrouter") or {}
+    total, chosen = own.get("groups") or (config.get("n_group") or 1, config.get("topk_group") or 1)
+    if config.get("topk_method") == "greedy":  # DeepSeek-V2 then has no groups
+        return experts
+    return experts // int(total) * min(int(chosen), int(total))
 
 
 def make_tasks(args: Namespace, folder: Path) -> None:

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def remark() -> None:
         for note in notes:
             console.note(note)
-        for warning in warnings(config, has_gpu=torch.cuda.is_available()):
+        for warning in warnings(config, has_gpu=torch.cuda.is_available(), world_size=world_size):
             console.warn(warning)
 
     if dry:

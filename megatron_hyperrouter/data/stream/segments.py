@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_hyperrouter import console
+from megatron_hyperrouter.config.leaves import flag, shown
 from megatron_hyperrouter.data.order.blend import normalise, parse_blend, set_counts
 from megatron_hyperrouter.data.order.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order.shuffled import SampleOrder
@@ -290,7 +291,7 @@ def _check_packed(now: Mapping[str, Any], last: Mapping[str, Any], *, longer: bo
     way, nor can unread pieces of a stream be packed.
     """
     changed = [
-        f"{name} was {last.get(name, False)} and is now {value}"
+        f"{_flag(name)} was {_shown(name, last.get(name, False))} and is now {_shown(name, value)}"
         for name, value in now.items()
         if last.get(name, False) != value
     ]
@@ -305,6 +306,18 @@ def _check_packed(now: Mapping[str, Any], last: Mapping[str, Any], *, longer: bo
             + "; ".join(changed),
             remedy="use the settings of that run, or start a new run from its weights with --finetune",
         )
+
+
+def _flag(name: str) -> str:
+    """The flag of a setting in the ledger."""
+    return "--data-path" if name == "mix" else flag(name)
+
+
+def _shown(name: str, value: Any) -> str:
+    """The value of a setting in the ledger, as flags write it."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return " ".join(map(str, value))
+    return shown(None if name == "rampup_batch_size" and not value else value)
 
 
 def splits_of_run(

@@ -33,6 +33,8 @@ _ZSTD_INPUT = 1 << 14  # fed at a time, so that a highly compressed file cannot 
 def refusal(error: OSError, path: str, instead: str) -> tuple[str, str]:
     """Message and remedy where ``path`` cannot be written; ``instead``: what else the user can do."""
     mend = "free up space on that disk" if error.errno in _NO_ROOM else "make that folder writable"
+    if error.errno == errno.ENAMETOOLONG:
+        mend = "shorten that name"
     return f"{error.filename or path} cannot be written: {error.strerror or error}", f"{mend}, or {instead}"
 
 

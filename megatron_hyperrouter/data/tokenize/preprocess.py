@@ -45,6 +45,7 @@ from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
 __all__ = ["EncodeSettings", "Job", "Written", "preprocess"]
 _CHECKED_CHARACTERS = 1 << 18  # of the first documents are encoded by two back ends, and compared
+_LONGEST_NAME = 255  # bytes: of Linux' file systems
 _MOST_WORKERS = 1024  # each holds batches of text, and more workers than cores do not help
 SAVE_SECONDS = 10.0
 
@@ -413,6 +414,13 @@ def _check(job: Job, workers: int, save_seconds: float) -> None:
     elif job.output_prefix.endswith("/"):
         remedy = f"add the start of a file name, such as {job.output_prefix}corpus"
         problems.append(Problem("--output-prefix", job.output_prefix, "must not end with a slash", remedy))
+    longest = max((len(os.fsencode(_last_name(prefix))) for prefix in job.prefixes()), default=0)
+    if longest > _LONGEST_NAME:
+        rule = (
+            f"is too long: the longest file name would have {longest} bytes, but {_LONGEST_NAME} is the limit"
+        )
+        remedy = f"shorten the file name in the prefix by {longest - _LONGEST_NAME} bytes"
+        problems.append(Problem("--output-prefix", job.output_prefix, rule, remedy))
     endings = ("bin", "idx", "manifest.json", "bin.partial", "idx.partial", "sizes.partial", "counts.partial")
     written = [
         job.journal(),
@@ -431,6 +439,11 @@ def _check(job: Job, workers: int, save_seconds: float) -> None:
         )
     if problems:
         raise ConfigError(problems)
+
+
+def _last_name(prefix: str) -> str:
+    """The longest name of a file of this pair, which is also the last to be written."""
+    return os.path.basename(f"{prefix}.manifest.json.partial")
 
 
 def _first_documents(job: Job) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_hyperrouter.config.by_role import leaves_with
 from megatron_hyperrouter.config.cli import dump
-from megatron_hyperrouter.config.leaves import ROUTER_PREFIX, Leaf, flag, router_leaves, tree_leaves
+from megatron_hyperrouter.config.leaves import ROUTER_PREFIX, Leaf, flag, router_leaves, shown, tree_leaves
 from megatron_hyperrouter.config.reading.yaml_text import parse_yaml
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
@@ -108,8 +108,3 @@ def _rate(settings: Mapping[str, Any], step: int) -> float | None:
         return learning_rate_at(sizes.progress(step), OptimizerConfig(**own), end)
     except (TypeError, ValueError, KeyError, ArithmeticError):
         return None
-
-
-def shown(value: Any) -> str:
-    """A setting's value as YAML and flags write it."""
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

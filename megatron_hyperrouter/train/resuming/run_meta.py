@@ -7,10 +7,10 @@ from typing import Any
 
 from megatron_hyperrouter.config.by_role import SPREAD, names_with, values_with
 from megatron_hyperrouter.config.derived import global_batch_size, in_effect
+from megatron_hyperrouter.config.leaves import shown
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Engine
-from megatron_hyperrouter.train.resuming.changes import shown
 
 
 def run_meta(config: RunConfig, engine: Engine) -> dict[str, Any]:
