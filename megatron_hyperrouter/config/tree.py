@@ -15,15 +15,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from megatron_hyperrouter.config.kinds import (
-    MOST_EXPERTS,
-    MOST_LAYERS,
-    Count,
-    Fraction,
-    Natural,
-    NonNegative,
-    YamlWord,
-)
+from megatron_hyperrouter.config.kinds import Count, Experts, Fraction, Layers, Natural, NonNegative, YamlWord
 from megatron_hyperrouter.config.roles import FILE, FOLDER, PREFIX, Metavar, Only, Quiet, Role
 from megatron_hyperrouter.config.sections.attention import AttentionConfig
 from megatron_hyperrouter.config.sections.checkpoint import CheckpointConfig as CheckpointConfig
@@ -36,7 +28,7 @@ from megatron_hyperrouter.config.sections.precision import PrecisionConfig
 class ModelConfig:
     """The transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU experts, no biases."""
 
-    num_layers: Annotated[Count, Le(MOST_LAYERS), Role.SHAPE, "Number of transformer layers"] = 4
+    num_layers: Annotated[Layers, Role.SHAPE, "Number of transformer layers"] = 4
     hidden_size: Annotated[Count, Role.SHAPE, "Width of the model (D)"] = 256
     num_attention_heads: Annotated[Count, Role.SHAPE, "Number of attention heads"] = 4
     num_query_groups: Annotated[
@@ -81,7 +73,7 @@ class ModelConfig:
         Role.SHAPE,
         "Pad the vocabulary to a multiple of --make-vocab-size-divisible-by x TP, as Megatron-LM does",
     ] = False
-    num_experts: Annotated[Count, Le(MOST_EXPERTS), Role.SHAPE, "Number of experts E in each MoE layer"] = 8
+    num_experts: Annotated[Experts, Role.SHAPE, "Number of experts E in each MoE layer"] = 8
     moe_layer_freq: Annotated[
         YamlWord,
         Role.SHAPE,
@@ -119,8 +111,7 @@ class ModelConfig:
         "above the maximum are dropped; default: no limit",
     ] = None
     mtp_num_layers: Annotated[
-        Count | None,
-        Le(MOST_LAYERS),
+        Layers | None,
         Role.SHAPE,
         Only("megatron", "leave out FLAG, or use --engine megatron"),
         "Number of multi-token prediction layers; layer n predicts the token n positions after "

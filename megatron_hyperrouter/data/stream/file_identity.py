@@ -8,7 +8,7 @@ continues after the part already read. Data that were changed in place are refus
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_hyperrouter import console
+from megatron_hyperrouter.config.leaves import flag, shown
 from megatron_hyperrouter.data.order.index_files import IndexCache, file_identity
 from megatron_hyperrouter.data.store.manifest import file_sum, manifest_of
 from megatron_hyperrouter.data.store.token_files import IndexedDataset
@@ -165,3 +166,20 @@ def _difference(was: Identity, now: Identity) -> str:
     if before != after:
         return f"it had {before} and now has {after}"
     return f"it still has {before}, but its content has changed"
+
+
+def changed_settings(now: Mapping[str, Any], last: Mapping[str, Any]) -> list[str]:
+    """Settings in ``now`` that differ from those of a segment of the ledger, as flags write them."""
+    before = {name: last.get(name, False) for name in now}
+    return [
+        f"{'--data-path' if name == 'mix' else flag(name)} was {_shown(name, before[name])} "
+        f"and is now {_shown(name, value)}"
+        for name, value in now.items()
+        if before[name] != value
+    ]
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return " ".join(map(str, value))
+    return shown(None if name == "rampup_batch_size" and not value else value)

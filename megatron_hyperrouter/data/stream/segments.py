@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_hyperrouter import console
-from megatron_hyperrouter.config.leaves import flag, shown
 from megatron_hyperrouter.data.order.blend import normalise, parse_blend, set_counts
 from megatron_hyperrouter.data.order.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order.shuffled import SampleOrder
@@ -32,6 +31,7 @@ from megatron_hyperrouter.data.stream.dataset import (
 from megatron_hyperrouter.data.stream.file_identity import (
     Identity,
     Ledger,
+    changed_settings,
     check_unchanged,
     identity,
     repeated,
@@ -290,11 +290,7 @@ def _check_packed(now: Mapping[str, Any], last: Mapping[str, Any], *, longer: bo
     """Packed samples are not pieces of a stream, so unread packed samples cannot be divided in another
     way, nor can unread pieces of a stream be packed.
     """
-    changed = [
-        f"{_flag(name)} was {_shown(name, last.get(name, False))} and is now {_shown(name, value)}"
-        for name, value in now.items()
-        if last.get(name, False) != value
-    ]
+    changed = changed_settings(now, last)
     if longer and parse_blend(now["mix"], flag="--data-path").weights is None and len(now["mix"]) > 1:
         changed.append(
             f"the run was planned for {last['planned']} samples and is now longer, "
@@ -306,18 +302,6 @@ def _check_packed(now: Mapping[str, Any], last: Mapping[str, Any], *, longer: bo
             + "; ".join(changed),
             remedy="use the settings of that run, or start a new run from its weights with --finetune",
         )
-
-
-def _flag(name: str) -> str:
-    """The flag of a setting in the ledger."""
-    return "--data-path" if name == "mix" else flag(name)
-
-
-def _shown(name: str, value: Any) -> str:
-    """The value of a setting in the ledger, as flags write it."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return " ".join(map(str, value))
-    return shown(None if name == "rampup_batch_size" and not value else value)
 
 
 def splits_of_run(
