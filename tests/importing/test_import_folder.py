@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,12 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows(folder: Path, tmp
     with pytest.raises(ConfigError, match=rule):
         generate.main(["--load", str(tmp_path / "small"), "--prompt", "a", "--tokenizer-model", given])
     assert not (tmp_path / "imported").exists()
+
+
+def test_a_folder_without_a_tokenizer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    imported(folder)
+    assert "no tokenizer for text" not in capsys.readouterr().err
+    (folder / "tokenizer.json").unlink()
+    shutil.rmtree(folder.with_name("imported"))
+    imported(folder)
+    assert "has no tokenizer.json, so the run has no tokenizer for text" in capsys.readouterr().err

@@ -55,6 +55,11 @@ def main(arguments: Sequence[str]) -> None:
         run = run_of(args, folder, weights, tokenizer)
         for line in run.router.options.warnings(topk=run.model.moe_router_topk):
             note(f"note: {line}")
+        if run.data.tokenizer_type == "NullTokenizer" and not tokenizer:
+            note(
+                f"note: {given} has no tokenizer.json, so the run has no tokenizer for text "
+                "(to give it one: --tokenizer-model FILE)"
+            )
         write(draft, run, weights, reset=args.reset_router or copies(args, folder))
         moved = bool(args.reset_router or args.noise or args.redraw or args.scale_pre_softmax)
         asked, topks = asked_of(args), topks_of(args, folder, run)
