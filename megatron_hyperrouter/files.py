@@ -134,14 +134,11 @@ def unfinished_folder(output: Path) -> Iterator[Path]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if draft.exists():  # of a command that was killed, unless it still has its lock
-            locks.append(_locked(draft))
+            locks.append(_locked(draft, output))
             shutil.rmtree(draft)
         draft.mkdir()
-        locks.append(_locked(draft))
+        locks.append(_locked(draft, output))
         yield draft
-    except BlockingIOError:
-        rule, remedy = "is being written by another process", "wait until it ends, or give another folder"
-        raise ConfigError([Problem("--output", output, rule, remedy)]) from None
     except OSError as error:
         raise CheckpointError(
             f"{output} cannot be written: {error.strerror or error}",
@@ -154,16 +151,17 @@ def unfinished_folder(output: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def _locked(folder: Path) -> int:
-    """A descriptor with a lock on the folder, if its file system has locks; BlockingIOError if another
-    process has it.
+def _locked(folder: Path, output: Path) -> int:
+    """A descriptor with a lock on the folder, if its file system has locks; ConfigError if another process
+    has it.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise
+        rule, remedy = "is being written by another process", "wait until it ends, or give another folder"
+        raise ConfigError([Problem("--output", output, rule, remedy)]) from None
     except OSError:  # no locks
         pass
     return descriptor

@@ -96,7 +96,7 @@ class Parser(argparse.ArgumentParser):
                     name,
                     arg_string,
                     f"cannot be used ({why})",
-                    "change its permissions, or give another folder",
+                    "give another folder, or make this folder readable",
                 )
         return super()._get_value(action, arg_string)
 

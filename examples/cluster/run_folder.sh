@@ -24,7 +24,11 @@ if [ -z "$run_dir" ] && [ -f "$config" ]; then
 fi
 run_dir=${run_dir:-runs/cluster}
 load=(--load "$run_dir")
-if [ -f "$config" ] && grep -q '^load:' "$config" && ! compgen -G "$run_dir/checkpoints/step_*" >/dev/null; then
-  # shellcheck disable=SC2034 # the script that sources this file uses it
-  load=()
+if [ -f "$config" ] && grep -q '^load:' "$config"; then
+  # the program expands ~ and $VARIABLE in the same way
+  folder=$(python -c 'import os, sys; print(os.path.expandvars(os.path.expanduser(sys.argv[1])))' "$run_dir")
+  if [ -z "$(find "$folder/checkpoints" -maxdepth 1 -name 'step_*' -print -quit 2>/dev/null)" ]; then
+    # shellcheck disable=SC2034 # the script that sources this file uses it
+    load=()
+  fi
 fi

@@ -70,8 +70,9 @@ def similarity_matrix(outputs_END: Tensor) -> Tensor:
     outputs_END = outputs_END.float()
     centred_END = outputs_END - outputs_END.mean(1, keepdim=True)
     # As in ops.similarity: what is left of a constant feature is rounding, and fourth powers stay in range.
-    varies_E1D = centred_END.abs().amax(1, keepdim=True) > 2.0**-20 * outputs_END.abs().amax(1, keepdim=True)
-    centred_END = torch.where(varies_E1D, centred_END, 0.0)
+    # NaN is not constant: it must be seen in the result.
+    rounding_E1D = 2.0**-20 * outputs_END.abs().amax(1, keepdim=True)
+    centred_END = torch.where(centred_END.abs().amax(1, keepdim=True) <= rounding_E1D, 0.0, centred_END)
     largest_E11 = centred_END.abs().amax((1, 2), keepdim=True)
     centred_END = centred_END / torch.where(largest_E11 > 0, largest_E11, 1.0)
     kernels_ENN = centred_END @ centred_END.mT

@@ -205,7 +205,8 @@ class Draft:
             remedy = f"leave it out, or use --router.name {owners[0]}"
         elif name in off:
             self.unsure.add(off[name])
-            remedy = f"write {off[name].removeprefix(ROUTER_PREFIX)}: false"
+            meant = "true" if value in (False, "false") else "false"
+            remedy = f"write {off[name].removeprefix(ROUTER_PREFIX)}: {meant}"
         elif name in foreign.REMEDIES:
             remedy = foreign.REMEDIES[name]
         elif ours := foreign.OURS.get(name):

@@ -86,7 +86,7 @@ class Profiler:
             self._end = self._step
             self._write()
         elif self._asked and self._step:
-            console.warn(
+            console.warn_from_here(
                 f"--profile wrote no trace: this run took no step from {self._start + 1} to {self._end}; "
                 "change --profile-step-start and --profile-step-end"
             )

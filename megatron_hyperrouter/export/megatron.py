@@ -27,6 +27,9 @@ from megatron_hyperrouter.files import publish, unfinished_folder
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
 from megatron_hyperrouter.model.spec import RMSNorm, expert_spec, layer_spec, transformer_config
 
+# in what torch raises if a file cannot be written, as on a full disk
+_DISK = ("PytorchStreamWriter", "inline_container", "No space left", "File too large")
+
 
 def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> Path:
     """Write the weights in ``folder`` to ``output/iter_NNNNNNN``, which is returned; call it within
@@ -67,7 +70,9 @@ def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> 
     with unfinished_folder(target) as draft:
         try:
             dist_checkpointing.save(state, str(draft))
-        except (RuntimeError, CheckpointException) as error:  # such as a full disk
+        except (RuntimeError, CheckpointException) as error:
+            if not any(word in str(error) for word in _DISK):
+                raise
             raise OSError(str(error).splitlines()[-1]) from error
         publish(draft, target)
     (output / "latest_checkpointed_iteration.txt").write_text(f"{step}\n", encoding="utf-8")

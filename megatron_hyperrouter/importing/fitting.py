@@ -4,6 +4,7 @@ compute.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ _OPTIONAL = """
 vocab_size head_dim num_key_value_heads q_lora_rank rope_theta n_shared_experts first_k_dense_replace n_group
 shared_expert_intermediate_size topk_group routed_scaling_factor num_nextn_predict_layers moe_layer_freq
 """.split()
+_FRACTIONS = ("rms_norm_eps", "rope_theta", "routed_scaling_factor")  # all others are integers
 _DEEPSEEK_V3, _DEEPSEEK_V2 = "DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM"
 _GROUP_BEST = {_DEEPSEEK_V2: 1}  # experts by which a group is judged; the others count two
 
@@ -101,9 +103,11 @@ def _wrong_values(config: dict[str, Any]) -> Iterator[str]:
         value, optional = config.get(name, 1), name in _OPTIONAL
         if value is None and optional:
             continue
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not is_number or value < 0 or (value == 0 and not optional):
             yield f"{name} is {value!r}, but must be a positive number"
+        elif value != int(value) and name not in _FRACTIONS:
+            yield f"{name} is {value!r}, but must be an integer"
     for name, kind, called in (
         ("rope_parameters", dict, "an object"),
         ("rope_scaling", dict, "an object"),
@@ -123,7 +127,7 @@ def _expert_problems(folder: HfFolder) -> Iterator[str]:
         return
     if not any(folder.routed):
         yield "according to config.json, no layer has experts"
-    if int(config.get("moe_layer_freq", 1)) != 1:
+    if int(config.get("moe_layer_freq") or 1) != 1:
         yield f"moe_layer_freq {config['moe_layer_freq']} is not supported (transformers ignores the value)"
     if folder.architecture == _DEEPSEEK_V2 and config.get("norm_topk_prob"):
         yield "norm_topk_prob true is not supported (transformers ignores the value for this model class)"
@@ -179,7 +183,8 @@ def check_rows(tokenizer: Tokenizer, file: object, rows: int) -> None:
     """ConfigError if the tokenizer in ``file`` has ids that the embedding has no row for."""
     if tokenizer.vocab_size > rows:
         rule = f"has {tokenizer.vocab_size:,} token ids, but the model's vocab_size is only {rows:,}"
-        raise ConfigError([Problem("--tokenizer-model", file, rule, "give the model's own tokenizer")])
+        remedy = f"give a tokenizer with at most {rows:,} ids"
+        raise ConfigError([Problem("--tokenizer-model", file, rule, remedy)])
 
 
 def check_tokenizer(run: RunConfig, file: object, rows: int) -> None:

@@ -28,7 +28,6 @@ _SETTINGS: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.3,
-    "text.parse_math": False,  # a dollar sign in the name of a folder is a dollar sign
     "legend.frameon": False,
     "legend.fontsize": 9.0,
     "axes.titlesize": 10.0,
@@ -46,6 +45,16 @@ class Line:
     halves: Sequence[float] | None = None
     style: str = "-"
     marker: str = ""
+
+
+def _without_markup(figure: Figure) -> None:
+    """A dollar sign in the name of a folder or a router is a dollar sign.  Ticks of a logarithmic axis need
+    markup.
+    """
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *(legend.get_texts() if legend else ())):
+            text.set_parse_math(False)
 
 
 class Drawing:
@@ -67,6 +76,7 @@ class Drawing:
         with matplotlib.rc_context(_SETTINGS):
             figure = Figure(figsize=size, layout="constrained")
             fill(figure.subplots(*grid))
+            _without_markup(figure)
             out = io.StringIO()
             with warnings.catch_warnings():
                 # The text is in the page, and a browser has fonts for it.

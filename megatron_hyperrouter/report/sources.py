@@ -131,7 +131,7 @@ def read_run(folder: Path) -> TrainingRun:
     settings = folder / "config.yaml"
     extra: dict[str, Any] = {}
     named = [folder / "evaluation.json", folder / "analysis.json"]  # they count before any other file
-    others = sorted(path for path in folder.glob("*.json") if path not in named)
+    others = sorted((path for path in folder.glob("*.json") if path not in named), reverse=True)
     for path in [*named, *others]:
         try:
             content = _json(path) if path.is_file() else None

@@ -114,16 +114,8 @@ class SimSMoERouter(Router, name="simsmoe"):
         ] = 8
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
-            """``max_tokens`` must be at least ``min_tokens``; options of another kernel or head have no
-            effect.
-            """
+            """``max_tokens`` must be at least ``min_tokens``."""
             yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
-            used = {
-                "bandwidth": ("kernel", ("rbf",)),
-                "sigma": ("kernel", ("rbf",)),
-                "head_width": ("head", ("mlp",)),
-            }
-            yield from self.unused(used, {"kernel": self.kernel, "head": self.head})
             if self.max_tokens < self.min_tokens:
                 rule = f"must be at least --router.min-tokens = {self.min_tokens}"
                 yield Problem(
@@ -134,8 +126,15 @@ class SimSMoERouter(Router, name="simsmoe"):
                 )
 
         def warnings(self, *, topk: int) -> Iterator[str]:
-            """At k = 1 no two experts share a token."""
+            """At k = 1 no two experts share a token; options of another kernel or head have no effect."""
             yield from no_gradient_at_k1("simsmoe", topk)
+            used = {
+                "bandwidth": ("kernel", ("rbf",)),
+                "sigma": ("kernel", ("rbf",)),
+                "head_width": ("head", ("mlp",)),
+            }
+            for problem in self.unused(used, {"kernel": self.kernel, "head": self.head}):
+                yield f"{problem.field} {problem.rule}"
             if topk == 1:
                 yield (
                     "router simsmoe with k = 1: each token has one expert, so "

@@ -41,11 +41,8 @@ class TopKRouter(ChoosingRouter, name="topk"):
         freeze: Annotated[bool, "Keep the router's weights at their initial values"] = False
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
-            """A frozen router must not change its routes, and has no learning rate."""
+            """A frozen router must not change its routes."""
             yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
-            if self.freeze and self.lr_mult != 1.0:
-                rule = "has no effect: --router.freeze keeps the router's weights at their initial values"
-                yield Problem("--router.lr-mult", self.lr_mult, rule, "leave out one of the two options")
             if self.freeze and self.expert_bias and self.update_rate:
                 rule = "freezes the router, but --router.expert-bias changes its choices at each step"
                 yield Problem(
@@ -57,9 +54,12 @@ class TopKRouter(ChoosingRouter, name="topk"):
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             """A trained router whose weights sum to 1 gets no gradient from the language-model loss at k =
-            1.
+            1, and a frozen router has no learning rate.
             """
-            return iter(()) if self.freeze or not self.sums_to_one else no_gradient_at_k1("topk", topk)
+            if self.freeze and self.lr_mult != 1.0:
+                yield "--router.lr-mult has no effect, because --router.freeze keeps the initial weights"
+            if self.sums_to_one and not self.freeze:
+                yield from no_gradient_at_k1("topk", topk)
 
     def __init__(self, config: Config, **common: Any) -> None:
         """``common``: the keywords of :class:`Router`."""

@@ -250,9 +250,7 @@ def gpus_of_slot(slot: int, ranks: int) -> dict[str, str]:
     Without it, all runs would use the first GPUs of the machine.  It is empty if the GPUs are enough for only
     one run.  If there are more slots than GPUs, the runs share the GPUs evenly.
     """
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [name for name in (listed or "").split(",") if name] if listed is not None else _gpus()
-    places = len(names) // ranks
+    places = len(names := _gpus()) // ranks
     if places < 2:
         return {}
     first = slot % places * ranks
@@ -260,9 +258,13 @@ def gpus_of_slot(slot: int, ranks: int) -> dict[str, str]:
 
 
 def _gpus() -> list[str]:
+    """The names of the visible GPUs, by the rules of CUDA_VISIBLE_DEVICES."""
     import torch
 
-    return [str(number) for number in range(torch.cuda.device_count())]
+    count, listed = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return [str(number) for number in range(count)]
+    return [name.strip() for name in listed.split(",")][:count]
 
 
 def trained_steps(plan: StudyRun) -> int:

@@ -112,6 +112,10 @@ def test_similarity_matrix_against_pairs() -> None:
     assert float(matrix_EE[1, 3]) == pytest.approx(1.0, abs=1e-5)
     for scale in (1e-12, 1e12):
         assert torch.allclose(similarity_matrix(scale * outputs_END), matrix_EE, atol=1e-5)
+    bad_END = outputs_END.clone()
+    bad_END[1, 0, 0] = float("nan")
+    found_EE = similarity_matrix(bad_END)
+    assert found_EE[1].isnan().all() and not found_EE[0, 2:].isnan().any()
     outputs_END[0], outputs_END[2] = 0.1, 0.7  # their means are rounded
     for constant in (0, 2):
         assert similarity_matrix(outputs_END)[constant].tolist() == [0.0] * E

@@ -172,7 +172,7 @@ class TestKinds:
         assert config.checkpoint.keep_checkpoints == 3
         assert "--save is --run-dir here" in note
         (problem,) = problems_of(all_routers, *DATA, "--save", "a", "--run-dir", "b")
-        assert "also given" in problem.rule
+        assert "which is given with" in problem.rule
         assert understood(all_routers, "--save", "a", "--run-dir", "a")[0].logging.run_dir == "a"
 
     def test_router_flags_go_to_the_routers_options(self, all_routers):
@@ -347,6 +347,9 @@ class TestArithmetic:
     def test_flags_override_the_file(self, all_routers, write, text, argv, name, value):
         file = ["--config", write(f"data_path: a\nglobal_batch_size: 8\n{text}\n")]
         assert value_of(parse([*file, *argv.split()], routers=all_routers), name) == value
+        unclear = write("data_path: a\ntrain_samples: 80\n")  # the number of ranks is not known
+        config = parse(["--config", unclear, "--train-iters", "7"], routers=all_routers, world_size=None)
+        assert config.train.train_iters == 7
         twice = write("data_path: a\nglobal_batch_size: 8\ntrain_samples: 80\ntrain_iters: 3\n")
         assert "sets the same thing" in problems_of(all_routers, "--config", twice)[0].rule
 
@@ -356,7 +359,8 @@ class TestArithmetic:
     )
     def test_a_switch_takes_no_value(self, all_routers, flag):
         """ "false" would not switch it off."""
-        assert understood(all_routers, f"--{flag}", "true") == understood(all_routers, f"--{flag}")
+        for word in ("true", "True"):
+            assert understood(all_routers, f"--{flag}", word) == understood(all_routers, f"--{flag}")
         assert problems_of(all_routers, *DATA, f"--{flag}", "false")[0].rule == "takes no value"
 
 

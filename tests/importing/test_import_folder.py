@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from importing.given import edit_config
 from safetensors.torch import load_file, save_file
 
 from megatron_hyperrouter.commands.models import export_hf, generate, import_hf
-from megatron_hyperrouter.errors import CheckpointError, ConfigError
+from megatron_hyperrouter.errors import CheckpointError, ConfigError, DataError
 from megatron_hyperrouter.importing.source import open_folder
 from megatron_hyperrouter.paths import expanded
 
@@ -97,6 +98,8 @@ def test_the_base_of_rotary_positions(
         ("hidden_size", "16", "hidden_size is '16', but must be a positive number"),
         ("decoder_sparse_step", 0, "decoder_sparse_step is 0, but must be a positive number"),
         ("rope_scaling", "yarn", "rope_scaling is 'yarn', but must be an object"),
+        ("num_experts", math.nan, "num_experts is nan, but must be a positive number"),
+        ("hidden_size", 16.5, "hidden_size is 16.5, but must be an integer"),
         ("mlp_only_layers", 1, "mlp_only_layers is 1, but must be a list"),
     ],
 )
@@ -118,6 +121,11 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows(folder: Path, tmp
     with pytest.raises(ConfigError, match=rule):
         generate.main(["--load", str(tmp_path / "small"), "--prompt", "a", "--tokenizer-model", given])
     assert not (tmp_path / "imported").exists()
+    # generate needs only the ids of the prompt
+    shutil.copy(given, tmp_path / "small" / "tokenizer.json")
+    generate.main(["--load", str(tmp_path / "small"), "--prompt", "a", "--max-new-tokens", "1"])
+    with pytest.raises(DataError, match="a prompt has the token id 195, but the model has only 128 ids"):
+        generate.main(["--load", str(tmp_path / "small"), "--prompt", "é", "--max-new-tokens", "1"])
 
 
 def test_a_folder_without_a_tokenizer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

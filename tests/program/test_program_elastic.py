@@ -95,7 +95,14 @@ def test_a_restart_by_torchrun_keeps_the_global_batch_size_without_load(
     assert words[-2:] == ["--global-batch-size", batch]
 
 
-def test_samples_without_a_global_batch_size_are_refused() -> None:
+def test_samples_without_a_global_batch_size_are_refused(tmp_path: Path) -> None:
     """On these ranks they have a meaning, but another one than in the run that goes on."""
     with pytest.raises(ConfigError, match="--train-samples = 8: needs --global-batch-size"):
         laid_out_anew(["--mock-data", "--elastic", "--train-samples", "8"], 2, [])
+    off = ["--mock-data", "--elastic", "false", "--train-samples", "8"]
+    assert laid_out_anew(off, 2, []) == off
+    file = tmp_path / "run.yaml"
+    file.write_text("elastic: true\nmock_data: true\ntrain_samples: 8\n")
+    with pytest.raises(ConfigError):
+        laid_out_anew(["--config", str(file)], 2, [])
+    assert laid_out_anew(["--config", str(file), "--no-elastic"], 2, [])

@@ -21,7 +21,7 @@ from megatron_hyperrouter.commands.studies import report as report_command
 from megatron_hyperrouter.errors import ConfigError
 from megatron_hyperrouter.report.build import write_report
 from megatron_hyperrouter.report.comparisons import pareto
-from megatron_hyperrouter.report.figures import smoothed, thinned
+from megatron_hyperrouter.report.figures import Drawing, smoothed, thinned
 
 VOID = {"meta", "br", "img", "link", "hr"}
 
@@ -208,6 +208,11 @@ def test_names_that_matplotlib_would_read_as_markup(tmp_path: Path, recwarn: pyt
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert all(f">{name}, training</text>" in text for name in names)
     assert not list(recwarn)
+
+
+def test_ticks_of_a_logarithmic_axis_are_powers() -> None:
+    svg = Drawing().draw(lambda axes: axes.loglog([1e3, 1e9], [2.0, 3.0], label="a"))
+    assert not re.search(r"<(text|tspan)[^>]*>\$", svg)
 
 
 def test_other_files_in_a_run_folder(tmp_path: Path) -> None:

@@ -280,7 +280,6 @@ def test_a_frozen_router_is_saved_but_not_trained():
         ({"renormalise": True}, "--router.renormalise"),
         ({"bias_update_rate": 0.1}, "--router.bias-update-rate"),
         ({"freeze": True, "expert_bias": True}, "--router.freeze"),
-        ({"freeze": True, "lr_mult": 2.0}, "--router.lr-mult"),
     ],
 )
 def test_options_that_contradict_are_refused(options, field):
@@ -354,3 +353,11 @@ def test_warning_where_the_chosen_loss_is_multiplied_by_zero(kind, coefficient):
     told = warnings(parse(words.split(), routers=ROUTERS, world_size=1))
     assert len(told) == (kind != "micro_batch" and not coefficient)
     assert all(f"--router.aux-loss {kind} has no effect" in line for line in told)
+
+
+def test_a_learning_rate_of_a_frozen_router_is_reported():
+    assert "--router.lr-mult has no effect" in next(
+        iter(TopKRouter.Config(freeze=True, lr_mult=2.0).warnings(topk=2))
+    )
+    assert not list(TopKRouter.Config(freeze=True).warnings(topk=1))
+    assert list(TopKRouter.Config().warnings(topk=1))

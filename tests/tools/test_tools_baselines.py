@@ -78,6 +78,7 @@ def test_packed_documents_count_as_each_alone(tool: ModuleType, tmp_path: Path) 
         ({"split": "valid"}, "contains an evaluation of the valid split"),
         ({"eval_stride": 4}, "contains an evaluation with --eval-stride 4"),
         ({"data": ["a"]}, "contains an evaluation with --data-path a"),
+        ({"data": 5}, "contains no evaluation results"),
     ],
 )
 def test_results_of_other_tokens_are_refused(
@@ -87,6 +88,30 @@ def test_results_of_other_tokens_are_refused(
     (tmp_path / "e.json").write_text(json.dumps({"results": rows, "split": "test"} | content))
     with pytest.raises(DataError, match=words):
         tool.read_results(tmp_path / "e.json")
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "counted", "fine"),
+    [
+        (None, ["b"], False),
+        (None, ["own"], True),
+        (["own"], None, True),
+        (["a"], ["b"], False),
+        (["a"], ["own"], False),
+        (["x/a"], ["y/a"], True),  # moved
+    ],
+)
+def test_the_data_of_both_are_compared(
+    tool: ModuleType, tmp_path: Path, evaluated: list[str] | None, counted: list[str] | None, fine: bool
+) -> None:
+    rows = [{"topk": 1, "bits_per_byte": 1.0, "tokens": 9}]
+    (tmp_path / "e.json").write_text(json.dumps({"results": rows, "split": None, "data": evaluated}))
+    arguments = (tmp_path / "e.json", counted, lambda words: words == ["own"])
+    if fine:
+        assert tool.read_results(*arguments) == rows
+    else:
+        with pytest.raises(DataError, match="contains an evaluation"):
+            tool.read_results(*arguments)
 
 
 def test_a_loss_that_is_not_finite_has_a_row(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,7 +171,8 @@ def test_simultaneous_runs_use_different_gpus(
     runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first run ends late, so the second and the third run have the other GPU one after the other."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5,-1,0")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)  # -1 ends the list
     tell = "import os, pathlib, time; print(os.environ['CUDA_VISIBLE_DEVICES']); "
     end = str(tmp_path / "c" / "log.txt")
     wait = f"end = pathlib.Path({end!r})\nwhile not end.exists() or not end.read_text(): time.sleep(0.05)"
@@ -190,4 +191,5 @@ def test_gpus_of_a_slot(runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == ["0,1", "2,3", "0,1", "2,3"]
     assert runs.gpus_of_slot(1, 3) == {}  # one run at a time fits
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert runs.gpus_of_slot(1, 1) == {}

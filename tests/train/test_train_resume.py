@@ -244,7 +244,7 @@ class TestChanges:
     @pytest.mark.parametrize(
         ("content", "sealed", "rule"),
         [
-            (b"lr: \x80\n", False, "has 6 bytes, but"),
+            (b"lr: \x80\n", False, "has 6 bytes instead of"),
             (b"lr: \x80\n", True, "is not UTF-8 text"),
             (b"lr: [1\n", True, "is not valid YAML in line 2"),
             (b"!!python/object/apply:os.getpid []\n", True, "unsupported tag"),

@@ -44,11 +44,16 @@ def main(arguments: Sequence[str]) -> None:
 
     from megatron_hyperrouter.data.stream.dataset import build_splits
     from megatron_hyperrouter.errors import DataError
+    from megatron_hyperrouter.evaluate.whereabouts import are_own
 
-    results = read_results(args.results, args.data_path)
     if args.output is not None:
         check_output(args.output)
     run = TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model)
+    results = read_results(
+        args.results,
+        args.data_path,
+        is_own=lambda words: are_own(words, run.settings.data, run.manifest["meta"]),
+    )
     config, tokenizer = run.settings, run.tokenizer()
     bytes_V = tokenizer.token_bytes_V()
     if bytes_V is None:
@@ -83,8 +88,15 @@ def main(arguments: Sequence[str]) -> None:
         write_json(args.output, {"bits_per_byte": rows, "tokens": results[0]["tokens"]})
 
 
-def read_results(path: Path, data_path: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of an evaluation; DataError if the baselines with ``data_path`` would score other tokens."""
+def read_results(
+    path: Path,
+    data_path: Sequence[str] | None = None,
+    is_own: Callable[[Sequence[str]], bool] = lambda words: False,
+) -> list[dict[str, Any]]:
+    """The rows of an evaluation; DataError if the baselines with ``data_path`` would score other tokens.
+
+    ``is_own``: whether files are those of the run.  Other files are compared by name.
+    """
     from megatron_hyperrouter.errors import DataError
 
     try:
@@ -93,6 +105,7 @@ def read_results(path: Path, data_path: Sequence[str] | None = None) -> list[dic
             {"topk": int(row["topk"]), "tokens": int(row["tokens"]), "bits_per_byte": row["bits_per_byte"]}
             for row in found["results"]
         ]
+        data = [str(word) for word in found.get("data") or ()]
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror}", remedy="give the file that mhr evaluate wrote"
@@ -104,22 +117,27 @@ def read_results(path: Path, data_path: Sequence[str] | None = None) -> list[dic
         ) from error
     if not results:
         raise DataError(f"{path} has no results", remedy="evaluate the run with at least one k")
-    split, stride, data = (found.get(name) for name in ("split", "eval_stride", "data"))
-    other = ""
+    split, stride, other = found.get("split"), found.get("eval_stride"), ""
     if split not in (None, "test"):
         other = f"of the {split} split"
     elif stride is not None:
         other = f"with --eval-stride {stride}"
-    elif data and not data_path:
-        other = f"with --data-path {' '.join(map(str, data))}"
+    elif _names(data) != _names(data_path or ()) and not all(map(is_own, filter(None, (data, data_path)))):
+        other = f"with --data-path {' '.join(data)}" if data else "of the run's own data"
     if other:
+        scored = f"of --data-path {' '.join(data_path)}" if data_path else "of the run's data"
         raise DataError(
             f"{path} contains an evaluation {other}, but the baselines score adjacent windows of the test "
-            "split of the run's data",
+            f"split {scored}",
             remedy="run mhr evaluate again for the test split, without --eval-stride, and with the same "
             "--data-path as mhr baselines",
         )
     return results
+
+
+def _names(words: Sequence[str]) -> list[str]:
+    """The names of token files, wherever they are."""
+    return [Path(word).name for word in words]
 
 
 def baseline_bits(

@@ -93,6 +93,12 @@ def encode(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int) -> list[
     encoded = [loaded.tokenizer.encode(prompt) or ([] if eod is None else [eod]) for prompt in prompts]
     if not all(encoded):
         raise DataError("a prompt has no tokens", remedy="give a prompt that is not empty")
+    rows = loaded.decoder.embedding_VD.size(0)
+    if (highest := max(map(max, encoded))) >= rows:
+        raise DataError(
+            f"a prompt has the token id {highest}, but the model has only {rows} ids",
+            remedy="leave out tokens that were added to the tokenizer, or give another --tokenizer-model",
+        )
     longest, context = max(map(len, encoded)) + max_new_tokens, loaded.run.model.seq_length
     if longest > context:
         note(

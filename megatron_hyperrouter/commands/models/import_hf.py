@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.importing.weights import ImportedWeights
 
 CERTIFICATE = "import_certificate.json"
+_UNEQUAL = "the run and the given model compute different results:"
+_NOT_COMPARED = "the run could not be compared with the given model:"
 _KEEP = ("topk", "hyper")  # routers that can compute a given matrix
 _NOT_SUMMED = ("xmoe", "stablemoe")  # a token's weights do not sum to 1
 _SCALED = ("topk", "hyper", "smoe_dropout")  # have --router.pre-softmax
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
         target = publish(draft, args.output, failed=bool(faults))
     if faults:
         raise CheckpointError(
-            "\n  - ".join(["the run and the given model compute different results:", *faults]),
+            "\n  - ".join([_UNEQUAL if not moved else _NOT_COMPARED, *faults]),
             remedy=f"read {CERTIFICATE} in {target}, which lists all differences",
         )
     report(target, run, folder, certificate)

@@ -15,7 +15,7 @@ from megatron_hyperrouter.checkpoint.folder import find, read_manifest
 from megatron_hyperrouter.config.check import problems
 from megatron_hyperrouter.config.cli import parse, replace_leaves
 from megatron_hyperrouter.config.derived import data_parallel_size, model_parallel_size
-from megatron_hyperrouter.config.reading.sources import read_flags
+from megatron_hyperrouter.config.reading.sources import CommandLine, read_flags, read_given_yaml
 from megatron_hyperrouter.errors import CheckpointError, ConfigError, Problem
 from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.train.resuming.start import is_restarted
@@ -34,7 +34,7 @@ def laid_out_anew(words: Sequence[str], world_size: int, notes: list[str]) -> li
     try:
         config = parse(words, routers=ROUTERS, world_size=None)
     except ConfigError:
-        if "--elastic" in line.flags:  # on these ranks the settings may be valid, but not elastic
+        if _asks(line):  # on these ranks the settings may be valid, but not elastic
             raise
         return list(words)  # it is raised again, with the rules of ranks
     if not config.checkpoint.elastic:
@@ -48,6 +48,15 @@ def laid_out_anew(words: Sequence[str], world_size: int, notes: list[str]) -> li
     notes += _said(config, before, (world_size, ranks, batch, micro))
     kept = [word for name, values in line.flags.items() if name not in _CHOSEN for word in (name, *values)]
     return [*kept, _CHOSEN[0], str(micro), _CHOSEN[1], str(batch)]
+
+
+def _asks(line: CommandLine) -> bool:
+    """Whether the flags, or else the settings file, ask for ``--elastic``."""
+    if (words := line.flags.get("--elastic")) is not None:
+        return [word.lower() for word in words] != ["false"]
+    if "--no-elastic" in line.flags or len(path := line.flags.get("--config", [])) != 1:
+        return False
+    return read_given_yaml(path[0]).values.get("elastic") is True
 
 
 def _saved(config: RunConfig) -> dict[str, Any]:

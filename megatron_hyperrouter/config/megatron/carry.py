@@ -19,7 +19,7 @@ from megatron_hyperrouter.config.megatron.table import (
     RENAMED,
     Absent,
 )
-from megatron_hyperrouter.config.megatron.translate import EARLY, in_order, worked_out
+from megatron_hyperrouter.config.megatron.translate import EARLY, SETS, in_order, worked_out
 from megatron_hyperrouter.errors import BadValue, Problem
 
 ALL_ABSENT: Mapping[str, Absent] = MappingProxyType(
@@ -122,6 +122,8 @@ def work_out(
     problems = []
     given = {ours: (flag(ours), by_flag) for ours, by_flag in written.items()}
     for name, (place, words, by_flag) in in_order(carried.pending):
+        if not by_flag and written.get(SETS[name]) and name not in REFINES:
+            continue  # a flag overrides this key of the file
         try:
             ours, value = worked_out(name, words, values, world_size)
             other, stronger = given.get(ours, (place, False)) if name not in REFINES else (place, False)
@@ -209,7 +211,8 @@ def _put(name: str, place: str, settings: Mapping[str, list[str]], source: Sourc
     for ours, words in settings.items():
         key = source.key(ours)
         if key in source.given and source.words(source.given[key]) != words:
-            rule = f"is another name for {flag(ours)}, which is given with a different value"
+            means = "is another name for" if name in RENAMED else "sets"
+            rule = f"{means} {flag(ours)}, which is given with a different value"
             carried.problems.append(Problem(place, " ".join(words), rule, "keep one of the two flags"))
             return
         source.given[key] = words if key.startswith("--") else _plain(words)

@@ -213,6 +213,17 @@ LATE: Mapping[str, Callable[[float, Mapping[str, Any], int], tuple[str, Any]]] =
         "ckpt-step": ckpt_step,
     }
 )
+SETS: Mapping[str, str] = MappingProxyType(  # flag -> the setting of ours that it becomes
+    {
+        "train-samples": "train_iters",
+        "lr-decay-samples": "lr_decay_iters",
+        "lr-wsd-decay-samples": "lr_wsd_decay_iters",
+        "lr-warmup-samples": "lr_warmup_iters",
+        "lr-warmup-fraction": "lr_warmup_iters",
+        "num-layers-per-virtual-pipeline-stage": "virtual_pipeline_model_parallel_size",
+        "ckpt-step": "load",
+    }
+)
 WITHOUT_BATCH = ("lr-warmup-fraction", "num-layers-per-virtual-pipeline-stage", "ckpt-step")
 
 
@@ -271,7 +282,7 @@ def _one(words: list[str]) -> str:
 
 def _no_value(words: list[str]) -> None:
     """Refuse a value after a switch; "false" would not switch it off."""
-    if words not in ([], ["true"]):
+    if [word.lower() for word in words] not in ([], ["true"]):
         raise BadValue("takes no value", "write the flag without a value, or leave it out")
 
 

@@ -272,7 +272,7 @@ def encoding(path: str, text: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not is_library_error(error):
+        if isinstance(error, MemoryError) or not is_library_error(error):
             raise
         reason = str(error).strip().split("\n", 1)[0]
         message = f"the tokenizer {path} cannot encode {text[:40]!r} ...: {reason}"

@@ -218,7 +218,8 @@ class _Preprocessing:
             job.journal(), self._settings(), self._files, overwrite=overwrite, unchanged=self._unchanged
         )
         # this run may have other keys
-        for key in str(self._journal.forgotten.get("--json-keys", "")).split():
+        keys = str(self._journal.forgotten.get("--json-keys", ""))  # joined by spaces, which a key may have
+        for key in {keys, *keys.split()} - {""}:
             remove_partial(f"{job.stem()}_{key}_document")
         self.mended = self._journal.mended
         try:

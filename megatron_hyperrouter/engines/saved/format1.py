@@ -43,8 +43,9 @@ def read_state(
     found = len(list(folder.glob("state-*.pt")))
     if not found:  # of mhr average or mhr import-hf, for example
         raise CheckpointError(
-            f"{folder} has weights but no optimizer state, so no run can continue from it",
-            remedy="start a new run from its weights: add --finetune, and give another --run-dir",
+            f"{folder} has weights but no optimizer state",
+            remedy="add --no-load-optim to continue with a new optimizer state, or start a new run from the "
+            "weights with --finetune and another --run-dir",
         )
     if not trusted:
         raise CheckpointError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hyperrouter.checkpoint.folder import read_manifest
-from megatron_hyperrouter.errors import CheckpointError, HyperRouterError
+from megatron_hyperrouter.errors import CheckpointError, ConfigError, HyperRouterError, Problem
 from megatron_hyperrouter.guard.meeting import Meeting
 from megatron_hyperrouter.train.resuming.start import Start
 
@@ -27,7 +27,7 @@ def follow_rank_0(decide: Callable[[], Start], meeting: Meeting) -> Start:
     try:
         start = decide()
     except HyperRouterError as error:
-        meeting.decided("start", json.dumps({"error": str(error)}))
+        meeting.decided("start", json.dumps({"error": str(error), "status": error.exit_status}))
         raise
     told = {
         "folder": None if start.folder is None else str(start.folder),
@@ -41,6 +41,9 @@ def follow_rank_0(decide: Callable[[], Start], meeting: Meeting) -> Start:
 def _followed(told: Mapping[str, Any], meeting: Meeting, start: Start | None = None) -> Start:
     """The decision of rank 0, combined with what this rank itself sees."""
     if "error" in told:
+        if told["status"] == ConfigError.exit_status:  # all ranks end with one status
+            rule, remedy = f"cannot start: {told['error']}", "follow the remedy of rank 0"
+            raise ConfigError([Problem("rank 0", "", rule, remedy)])
         raise CheckpointError(f"rank 0 cannot start: {told['error']}")
     if start is None:
         start = Start()
