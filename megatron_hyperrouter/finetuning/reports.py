@@ -70,9 +70,10 @@ def write_facts(output: Path, facts: ResultRow) -> None:
 
 def read_facts(output: Path) -> ResultRow:
     """``finetuning.json``; DataError if it cannot be read."""
-    found = _read(output / FACTS, "move this folder away, or choose another --output")
+    remedy = f"move the folder {output} away, or choose another --output"
+    found = _read(output / FACTS, remedy)
     if not isinstance(found, dict):
-        raise DataError(f"{output / FACTS} must contain a JSON object", remedy="move this folder away")
+        raise DataError(f"{output / FACTS} must contain a JSON object", remedy=remedy)
     return found
 
 

@@ -45,7 +45,7 @@ class TestFile:
         [
             ("seed: " + "9" * 5000, "an unreadable number in line 1"),
             ("seed: " + "[" * 5000, "nested too deeply"),
-            ("num_layers: &a {b: *a}", "refers to itself in line 1"),
+            ("num_layers: &a {b: *a}", "has a value that contains itself (*name), in line 1"),
             (
                 "lr: 1\nseed: !!timestamp 2001-99X99",
                 "has the value 2001-99X99 in line 2, which does not fit its tag !!timestamp",

@@ -143,9 +143,9 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         "--comparisons",
         nargs="+",
         metavar="LEFT:RIGHT@K",
-        help="comparisons to test: router LEFT with router RIGHT at k = K. They are fixed before the "
-        "first run (default: the HyperRouter with the control router, at the smallest k of "
-        "--topk-eval and at the final k of training)",
+        help="differences to test: loss of router LEFT minus loss of router RIGHT, at k = K. They are "
+        "fixed before the first run (default: HyperRouter minus the control router, at the smallest k "
+        "of --topk-eval and at the final k of training)",
     )
     add(
         "--effect",

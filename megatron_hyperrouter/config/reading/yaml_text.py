@@ -44,7 +44,8 @@ def load_yaml(path: str) -> Any:
     root = compose(text_of(path))
     found = value_of_node(root)
     for name, first, line in duplicates(root):
-        raise ValueError(f"has {name} twice, in lines {first} and {line}")
+        places = f"in line {line}" if first == line else f"in lines {first} and {line}"
+        raise ValueError(f"has the key {name} twice, {places}")
     return found
 
 
@@ -148,7 +149,7 @@ class _Reader:
         if isinstance(node, yaml.ScalarNode):
             return _scalar(node)
         if id(node) in self._open:
-            raise ValueError(f"refers to itself in line {node.start_mark.line + 1}")
+            raise ValueError(f"has a value that contains itself (*name), in line {node.start_mark.line + 1}")
         if node.tag not in (f"{PLAIN}seq", f"{PLAIN}map"):
             raise ValueError(f"has an unsupported tag in line {node.start_mark.line + 1}: {node.tag}")
         self._open.add(id(node))

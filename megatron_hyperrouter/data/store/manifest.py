@@ -121,7 +121,7 @@ def _typed(kind: type[Manifest | FileSum], found: Mapping[str, Any]) -> dict[str
         value = found[each.name] if each.default is MISSING else found.get(each.name, each.default)
         wanted = get_type_hints(kind)[each.name]
         if not isinstance(value, get_origin(wanted) or wanted) or isinstance(value, bool):
-            raise TypeError(f"{each.name} is {str(value)[:60]!r}")
+            raise TypeError(f"field {each.name}: {str(value)[:60]}")
         values[each.name] = value
     return values
 

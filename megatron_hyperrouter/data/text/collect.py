@@ -79,8 +79,9 @@ def write_corpus(
         if not documents:
             within = "" if max_bytes is None else f" of at most {max_bytes} bytes"
             larger = "" if max_bytes is None else ", or a larger --max-bytes"
+            found = f"none of the {len(sources)} files is a text file{within}"
             raise DataError(
-                f"{root}: none of the {len(sources)} files is a text file{within}",
+                f"{root}: {found if sources else 'there are no files'}",
                 remedy=f"choose another --root{larger}",
             )
     return Gathered(documents, size, left_out)
