@@ -98,7 +98,7 @@ def test_no_text_and_no_folder(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("from before")
     (tmp_path / "none").mkdir()
     for root, limit, message in (
-        (tmp_path / "none", None, "is a text file"),
+        (tmp_path / "none", None, "there are no files"),
         (tree, 5, "of at most 5 bytes"),
         (tmp_path / "gone", None, "no such folder"),
     ):
