@@ -69,7 +69,8 @@ def test_the_numbers_are_those_of_the_code() -> None:
     for told in (
         f"every {preprocess.SAVE_SECONDS:g} seconds",
         f"8 bytes for each block of {on_demand.BLOCK} documents, and a few regions of {windows} documents",
-        f"the blocks of {on_demand.BLOCK} documents, the documents in each region of {on_demand.REGION} blocks",
+        f"the blocks of {on_demand.BLOCK} documents",
+        f"the documents in each region of {on_demand.REGION} blocks",
         f"less than {order._SEPARATE_BELOW:.0%} of the last epoch is used".replace("%", " %"),
         f"a file of 2**{dataset.ON_DEMAND_FROM.bit_length() - 1} documents",
         f"An index of fewer than 2**{cache.CACHED_FROM.bit_length() - 1} numbers",
