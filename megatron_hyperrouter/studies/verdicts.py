@@ -94,7 +94,8 @@ def parse(words: Sequence[str]) -> list[Named]:
         match = re.fullmatch(r"(\w[\w.-]*):(\w[\w.-]*)@(\d+)", word)
         if match is None or match[1] == match[2]:
             raise ValueError(
-                f"{word} must have the form LEFT:RIGHT@K: two different labels, and a value of k"
+                "each must have the form LEFT:RIGHT@K, with two different labels and a value of k; "
+                f"{word} does not have it"
             )
         found.append(Named(match[1], match[2], int(match[3])))
     return found

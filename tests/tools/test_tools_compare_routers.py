@@ -351,7 +351,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "a comparison that cannot be read": (
         ["--routers", "topk", "xmoe", "--comparisons", "topk@1"],
         "",
-        "must have the form LEFT:RIGHT@K: two different labels, and a value of k",
+        "must have the form LEFT:RIGHT@K, with two different labels and a value of k",
     ),
     "a comparison with nobody": (
         ["--routers", "topk", "xmoe", "--comparisons", "topk:hyper@1", "topk:xmoe@3"],

@@ -106,7 +106,9 @@ def compose(text: str) -> yaml.Node | None:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
-        raise ValueError(f"is not valid YAML{line}: {getattr(error, 'problem', None) or error}") from error
+        said = (getattr(error, name, None) for name in ("context", "problem"))
+        why = ", ".join(filter(None, said)) or error  # "expected ..., but found ..."
+        raise ValueError(f"is not valid YAML{line}: {why}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is nested too deeply, or is not text: {error}") from error
     return root

@@ -84,7 +84,8 @@ def read_manifest(prefix: str) -> Manifest:
         sums = {ending: FileSum(**_typed(FileSum, found[ending])) for ending in ("bin", "idx")}
         return Manifest(**_typed(Manifest, {**found, **sums}))
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a manifest of token files ({error})", remedy=_AGAIN) from error
+        why = f'the field "{error.args[0]}" is missing' if isinstance(error, KeyError) else error
+        raise DataError(f"{path}: not a manifest of token files ({why})", remedy=_AGAIN) from error
 
 
 def manifest_of(prefix: str) -> Manifest | None:
@@ -121,7 +122,7 @@ def _typed(kind: type[Manifest | FileSum], found: Mapping[str, Any]) -> dict[str
         value = found[each.name] if each.default is MISSING else found.get(each.name, each.default)
         wanted = get_type_hints(kind)[each.name]
         if not isinstance(value, get_origin(wanted) or wanted) or isinstance(value, bool):
-            raise TypeError(f"field {each.name}: {str(value)[:60]}")
+            raise TypeError(f'the field "{each.name}" must not be {str(value)[:60]}')
         values[each.name] = value
     return values
 
