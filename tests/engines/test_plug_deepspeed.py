@@ -107,7 +107,8 @@ def test_layer_is_a_loop_over_experts(name: str, k: int, expert: nn.Module | Non
         for value in (output, expected)
     ]
     for label, found, wanted in zip(parameters, *grads, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, msg=label)
+        largest = max(float(wanted.abs().max()), 1.0)  # a small sum of large terms has their rounding
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6 * largest, msg=label)
     assert moe.deepspeed_moe.gate.ep_group is moe.deepspeed_moe.ep_group is not None
 
 
