@@ -107,12 +107,12 @@ def test_sigterm_to_the_deepspeed_launcher_alone(text: Path, tmp_path: Path) -> 
 
 def test_a_rank_that_hangs_is_named(zygote: Zygote, text: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    flags = flags_of(text, run_dir, *ENDLESS, "--distributed-timeout-minutes", 0.1)
+    flags = flags_of(text, run_dir, *ENDLESS, "--distributed-timeout-minutes", 0.2)
     job = zygote.start(flags, ranks=RANKS, pace=PACE)
     assert job.wait_for(partial(has_written, run_dir, 3)), job.stderr
     os.kill(job.pids[1], signal.SIGSTOP)
     try:
-        wait_until(lambda: job.poll()[0] is not None, 30)
+        wait_until(lambda: job.poll()[0] is not None, 60)
     finally:
         os.kill(job.pids[1], signal.SIGKILL)
     job.wait()
