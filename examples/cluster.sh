@@ -5,7 +5,8 @@
 #
 # HOSTFILE contains one line for each node, such as "node1 slots=8" for a node with 8 GPUs. Every node must have the project folder under
 # the same path, and in it the environment that tools/setup_env.sh makes. After a failure, run the same command again: it continues from the last complete
-# checkpoint in its run folder (runs/cluster, if the flags name no other). If Ctrl-C or a signal stops the run, it saves and ends with exit status 6; the same command continues it.
+# checkpoint in its run folder (runs/cluster, if the flags name no other). If Ctrl-C or a signal stops the run, it saves and ends with
+# exit status 6; the same command continues it.
 set -euo pipefail
 
 fail() { # message, remedy

@@ -94,28 +94,38 @@ def check_output(path: Path, flag: str = "--output") -> None:
         reason = "is not a file" if path.exists() and not path.is_file() else ""
         if not reason:
             path.parent.mkdir(parents=True, exist_ok=True)
-            trial = _unfinished(path)
-            open_new(trial).close()
-            trial.unlink()
+            reason = _why_not_written(path)
     except OSError as error:
-        reason = f"cannot be written: {error.strerror or error}"
+        reason = _cannot_be_written(error)
     if reason:
         raise ConfigError([Problem(flag, path, reason, "name a file that you can write")])
 
 
 def check_folder(path: Path, flag: str = "--output") -> None:
-    """ConfigError if the folder cannot be created, or no file in it; nothing is created yet."""
+    """ConfigError if the folder cannot be created, or if no file can be created in it; leaves nothing."""
     try:
         nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
         reason = "" if nearest.is_dir() else f"{'is' if nearest == path else f'{nearest} is'} not a folder"
-        if not reason:
-            trial = _unfinished(nearest / "trial")
-            open_new(trial).close()
-            trial.unlink()
+        reason = reason or _why_not_written(nearest / "trial")
     except OSError as error:
-        reason = f"cannot be written: {error.strerror or error}"
+        reason = _cannot_be_written(error)
     if reason:
         raise ConfigError([Problem(flag, path, reason, "name a folder that you can write")])
+
+
+def _why_not_written(path: Path) -> str:
+    """Why a file beside ``path`` cannot be written; empty if it can."""
+    trial = _unfinished(path)
+    try:
+        open_new(trial).close()
+        trial.unlink()
+    except OSError as error:
+        return _cannot_be_written(error)
+    return ""
+
+
+def _cannot_be_written(error: OSError) -> str:
+    return f"cannot be written: {error.strerror or error}"
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ def expanded(path: str) -> str:
             what = "${...}" if found[0] == "${" else "$(...)"
             raise BadValue(
                 f"contains {what}, which only a shell can expand",
-                "write the name itself, set a variable and use $VARIABLE, or write $$ for a dollar sign",
+                "use a plain name or $VARIABLE; for a dollar sign, write $$",
             )
         if name not in os.environ:
             raise BadValue(

@@ -26,7 +26,8 @@ run_dir=${run_dir:-runs/cluster}
 load=(--load "$run_dir")
 if [ -f "$config" ] && grep -q '^load:' "$config"; then
   # the program expands ~ and $VARIABLE in the same way
-  folder=$(python -c 'import os, sys; print(os.path.expandvars(os.path.expanduser(sys.argv[1])))' "$run_dir")
+  expand='import os, sys; print(os.path.expandvars(os.path.expanduser(sys.argv[1])))'
+  folder=$(python -c "$expand" "$run_dir" 2>/dev/null) || folder=$run_dir # with a container, the host may have no python
   if [ -z "$(find "$folder/checkpoints" -maxdepth 1 -name 'step_*' -print -quit 2>/dev/null)" ]; then
     # shellcheck disable=SC2034 # the script that sources this file uses it
     load=()

@@ -292,7 +292,7 @@ def _best_size(row: Mapping[str, float], flops: float) -> float:
     log_ratio = math.log(alpha * row["A"]) - math.log(beta * row["B"])
     log_most = math.log(flops / 6)  # with D = 1
     best = (log_ratio + beta * log_most) / (alpha + beta)
-    return math.exp(max(min(best, log_most), 0.0))  # small exponents lead beyond all limits
+    return math.exp(max(min(best, log_most), 0.0))  # small exponents would give less than 1
 
 
 def _at_bounds(named: Mapping[str, float], least_loss: float) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ class Clock:
     # of this rank's micro-batches, in order; empty if they are not known
     arrived: list[Tokens] = field(default_factory=list)
     eod: int | None = None  # id that ends a document; None if no setting needs documents
-    dropless: bool = False  # whatever the capacity: each token must not depend on the others
+    dropless: bool = False  # drop no token, whatever the capacity: no token then depends on others
     balanced: bool = False  # send tokens to all experts in turn, and ignore the router's choice
     padded: bool = False  # negative ids are padding, which no router sees
     # of these micro-batches, where they are padded: the rows of the real tokens among the layers' vectors

@@ -44,8 +44,8 @@ def read_certificate(folder: Path) -> dict[str, Any]:
 def differences(folder: Path, certificate: dict[str, Any]) -> list[str]:
     """How the folder differs from its certificate: files and tensors that are missing, altered or extra.
 
-    Names with a dot in front do not count: a download from the Hugging Face hub adds some, such as
-    ``.gitattributes``, and no program loads them.
+    Hidden files are ignored.  A download from the Hugging Face hub adds some, such as ``.gitattributes``, and
+    no program loads them.
     """
     found: list[str] = []
     seen: set[str] = set()

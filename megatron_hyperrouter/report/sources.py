@@ -177,7 +177,7 @@ def _kind(content: Any) -> str:
 
 
 def _rows(content: Any) -> list[Record]:
-    """The list "results"; empty if there is none, or not one of objects."""
+    """The list "results"; empty if it is missing, or if it has other items than objects."""
     rows = content.get("results") if isinstance(content, dict) else None
     return rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else []
 

@@ -147,7 +147,7 @@ class FrozenRouter(Router):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(f"{prefix}frozen_hash")
         if saved is not None:
-            # of floats where somebody has converted all tensors to one dtype: bytes stay exact
+            # If all tensors were converted to a floating-point type, it still has the same whole numbers.
             saved_hash = bytes(saved.flatten().to(torch.uint8).tolist()).hex()
             if saved_hash != self.frozen.digest:
                 self._refuse(saved_hash, state_dict.get(f"{prefix}frozen_seed"), prefix)

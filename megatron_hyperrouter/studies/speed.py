@@ -102,7 +102,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def finish(plans: Sequence[Timed], rows: Sequence[TimedLayout], args: Namespace) -> None:
-    """What is left to run, then the table and the plot."""
+    """Do the runs that are missing; then write the table and the plot."""
     for plan in plans:
         settle(plan, args.warmup)
     left = [plan for plan in plans if not plan.finished]

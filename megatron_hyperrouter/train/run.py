@@ -170,7 +170,9 @@ class Run:
         return result.stop
 
     def _newest(self) -> int | None:
-        """The step of the newest checkpoint, as rank 0 sees it (collective): other ranks may see it later."""
+        """The step of the newest checkpoint (collective).  Rank 0 decides, because other ranks may see a new
+        checkpoint later.
+        """
         return int(self.engine.first_word(str(max(self.folders.steps(), default=0)))) or None
 
     def _of_step(self, step: int, batches: Batches) -> Iterator[Batch]:

@@ -92,7 +92,9 @@ class Here:
         return told
 
     def _failure(self, codes: Sequence[int | None]) -> HyperRouterError:
-        """``codes``: exit statuses when the first rank failed or the time was over; None: still running."""
+        """``codes``: exit statuses of the ranks when the first one failed, or when the time was over; None for
+        a rank that was still running.
+        """
         # A rank that was left alone fails as well, but later: it says less than the one that fell first
         guilty = next((rank for rank, code in enumerate(codes) if code), None)
         runs = f"a run on {counted(len(codes), 'rank')}"

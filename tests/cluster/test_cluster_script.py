@@ -72,6 +72,21 @@ def test_a_new_run_begins_with_the_weights_that_its_settings_name(tmp_path: Path
     (tmp_path / "again").mkdir()
     (line,) = asked(tmp_path / "again", "--config", tmp_path / "my.yaml")
     assert f"--run-dir {tmp_path}/run --load {tmp_path}/run" in line
+    # with a container, the host of the script may have no Python
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "python").write_text("#!/bin/sh\nexit 127\n")
+    (tmp_path / "none" / "python").chmod(0o755)
+    (tmp_path / "third").mkdir()
+    path = f"{tmp_path / 'third' / 'bin'}:{tmp_path / 'none'}:/usr/bin:/bin"
+    (line,) = asked(tmp_path / "third", "--config", tmp_path / "my.yaml", PATH=path)
+    assert f"--run-dir {tmp_path}/run --load {tmp_path}/run" in line
+
+
+def test_a_run_folder_with_a_variable_is_found(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("run_dir: $HOME/run\nload: runs/base\n")
+    (tmp_path / "run/checkpoints/step_0000001").mkdir(parents=True)
+    (line,) = asked(tmp_path, "--config", tmp_path / "my.yaml", HOME=str(tmp_path))
+    assert "--load $HOME/run" in line
 
 
 def test_the_settings_are_in_the_home_folder(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_no_run_no_task_and_an_output_that_is_there(home: Path) -> None:
 
 
 def test_tasks_of_srun_are_ranks(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two tasks must not fine-tune, each for itself, into one folder; mhr analyze refuses them."""
+    """Otherwise, both tasks would fine-tune into the same folder.  mhr analyze refuses several tasks."""
     environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     tasks = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"} | {
         "SLURM_STEP_NUM_NODES": "1"

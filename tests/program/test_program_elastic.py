@@ -96,7 +96,7 @@ def test_a_restart_by_torchrun_keeps_the_global_batch_size_without_load(
 
 
 def test_samples_without_a_global_batch_size_are_refused(tmp_path: Path) -> None:
-    """On these ranks they have a meaning, but another one than in the run that goes on."""
+    """On other ranks, the same samples would be another number of steps than in the interrupted run."""
     with pytest.raises(ConfigError, match="--train-samples = 8: needs --global-batch-size"):
         laid_out_anew(["--mock-data", "--elastic", "--train-samples", "8"], 2, [])
     off = ["--mock-data", "--elastic", "false", "--train-samples", "8"]

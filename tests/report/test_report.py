@@ -190,7 +190,7 @@ def test_an_event_without_a_usable_time_has_no_minutes(tmp_path: Path) -> None:
 
 
 def test_losses_that_are_not_finite_are_dashes(tmp_path: Path) -> None:
-    """Files have null for them."""
+    """In the files, they are null."""
     run = write_run(tmp_path / "run", steps=2)
     score = {"topk": 2, "lm_loss": None, "perplexity": None, "bits_per_byte": None}
     with (run / "metrics.jsonl").open("a") as file:

@@ -70,7 +70,7 @@ def test_skipping_is_naming_the_step_beforehand(config: RunConfig, tmp_path: Pat
 
 
 def test_steps_that_are_named_no_more_are_not_skipped(config: RunConfig) -> None:
-    """Those that were found bad are."""
+    """Steps that were found bad are still skipped."""
     named = policy(change(config, "checkpoint", exit_interval=6), "skip", skip_steps=("8-9",))
     run(named, engine=Faulty({5: math.nan}))
     again = change(named, "checkpoint", load=config.logging.run_dir, exit_interval=None)
@@ -130,7 +130,7 @@ def test_a_save_that_is_tried_again_at_a_bad_step_does_not_count_the_step(config
 
 
 class SeesLess(Faulty):
-    """Rank 0, on another machine, sees the checkpoint of step 3 alone."""
+    """Rank 0 is on another machine, which sees only the checkpoint of step 3."""
 
     def first_word(self, word: str) -> str:
         return "3" if word.isdecimal() else word

@@ -53,7 +53,7 @@ class Carried:
     translated: list[str] = field(default_factory=list)  # "--save is --run-dir"
     pending: dict[str, Pending] = field(default_factory=dict)
     given: set[str] = field(default_factory=set)  # names of all flags and keys, with dashes
-    origin: dict[str, str] = field(default_factory=dict)  # our flag or key -> what became it
+    origin: dict[str, str] = field(default_factory=dict)  # our flag or key -> the flag of Megatron-LM
     problems: list[Problem] = field(default_factory=list)
     unsure: set[str] = field(default_factory=set)  # settings of ours whose intended value is not known
 

@@ -77,7 +77,7 @@ def deepspeed_json(config: RunConfig, world_size: int | None) -> Iterator[Proble
 
 
 def _sections(document: dict[str, Any], path: str) -> Iterator[Problem]:
-    """DeepSpeed stops if a section is no object, and ignores bfloat16 if bf16 is there, as it always is."""
+    """Sections must be objects.  DeepSpeed ignores bfloat16 beside bf16, which this program always sets."""
     for key in SECTIONS:
         if not isinstance(value := document.get(key, {}), dict):
             yield Problem(f"{key} in {path}", json.dumps(value), "must be a JSON object", "remove this key")

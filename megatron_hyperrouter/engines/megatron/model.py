@@ -159,7 +159,7 @@ def build(
         if last and classifier is not None:
             model.output_layer = ClassOutput(core, classifier)
         elif last and tied and mtp is not None and not model.pre_process:
-            # never used, as this stage has an embedding for multi-token prediction: no sum may count it
+            # The stage reads logits from its embedding, so sums must not count this unused matrix.
             model.output_layer.weight.shared = True
         if not core.multi_latent_attention:
             turn_by_rates(model.rotary_pos_emb, run)
