@@ -92,7 +92,7 @@ class Here:
         return told
 
     def _failure(self, codes: Sequence[int | None]) -> HyperRouterError:
-        """``codes``: exit statuses of the ranks when the first one failed, or when the time was over; None for
+        """``codes``: exit statuses of the ranks when the first one failed or when the time was over; None for
         a rank that was still running.
         """
         # A rank that was left alone fails as well, but later: it says less than the one that fell first
